@@ -1,0 +1,77 @@
+"""The whole config: sections of its own and those that packages registered."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, SerializeAsAny, field_validator
+
+from qtrain.data.config import DataSection
+from qtrain.evaluation.config import GenerateSection
+from qtrain.export.config import ExportSection
+from qtrain.methods.config import MethodSection
+from qtrain.models.config import ModelSection
+from qtrain.section import Section
+
+
+class OptimizerSection(Section):
+    """Who updates the trained parameters, and how fast."""
+
+    name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = Field(
+        "adamw", description="8-bit ones hold their state in blocks of 256; paged ones spill to host memory"
+    )
+    lr: float = Field(2e-4, gt=0, description="learning rate at its highest")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="decay of the two moments")
+    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="course of lr after the warm-up")
+    warmup: float = Field(0, ge=0, description="steps of linear warm-up; below 1 it is a share of all steps")
+
+    @field_validator("betas")
+    @classmethod
+    def _within_unit(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError("each must be at least 0 and below 1")
+        return betas
+
+
+class RunSection(Section):
+    """Where the run lives and what makes it repeatable."""
+
+    name: str | None = Field(None, description="default: the recipe's name, else the verb")
+    dir: str | None = Field(None, description="default: runs/NAME")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="of data order, adapters, dropout")
+    resume: bool | str = Field(False, description="true: from the newest checkpoint of the run; or a checkpoint's path")
+    overwrite: bool = Field(False, description="let go of what an earlier run left in this directory")
+    matmul_precision: Literal["highest", "high", "medium"] = Field(
+        "high", description="of fp32 products on a GPU: high is TF32"
+    )
+    recompute: Literal["none", "full"] = Field("none", description="full: drop activations and compute them again")
+    save_every: int = Field(0, ge=0, description="optimizer steps between checkpoints; 0 is at the end of each epoch")
+    keep: int = Field(2, ge=1, description="checkpoints to keep")
+    samples: list[str] = Field(default_factory=list, description="prompts answered at each validation")
+
+
+class WandbSection(Section):
+    """Tracking in Weights & Biases; CSV is written in any case."""
+
+    enabled: bool = Field(False, description="log to W&B; WANDB_MODE=offline works too")
+    project: str = Field("qtrain", description="project in W&B")
+    entity: str | None = Field(None, description="team or user in W&B")
+    tags: list[str] = Field(default_factory=list, description="labels of the run")
+    artifacts: bool = Field(True, description="upload the adapter and the export")
+
+
+class Config(Section):
+    """One run, resolved: every key with its value."""
+
+    recipe: str | None = Field(None, description="name or path the run was composed from")
+    model: ModelSection = Field(default_factory=ModelSection)
+    data: DataSection = Field(default_factory=DataSection)
+    method: SerializeAsAny[MethodSection]
+    optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
+    trainer: dict[str, Any] = Field(default_factory=dict, description="arguments of lightning.Trainer, by their names")
+    run: RunSection = Field(default_factory=RunSection)
+    wandb: WandbSection = Field(default_factory=WandbSection)
+    generate: GenerateSection = Field(default_factory=GenerateSection)
+    export: SerializeAsAny[ExportSection]

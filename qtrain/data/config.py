@@ -1,0 +1,32 @@
+"""`data.*`: files, their format, and how samples become rows of tokens."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from qtrain.section import Section
+
+Source = str | list[str] | None
+
+
+class DataSection(Section):
+    """What is trained and measured on."""
+
+    train: Source = Field(None, description="file, directory, hub id (name, name:split or name[config]:split), or a list")
+    validation: Source = Field(None, description="the same, for the held-out loss")
+    test: Source = Field(None, description="the same, for `qtrain test`")
+    predict: Source = Field(None, description="the same, for `qtrain predict`")
+    format: str = Field("auto", description="auto, text, alpaca, sharegpt, messages or prompt_completion")
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="renames: {prompt: question} reads the field `question` as prompt"
+    )
+    train_on: Literal["assistant", "all"] = Field("assistant", description="tokens that carry the loss in chats")
+    chat_template: str | None = Field(None, description="chatml, or a Jinja file; default: the tokenizer's own")
+    max_length: int = Field(1024, ge=8, description="tokens in a row; longer chats are cut, longer texts split")
+    packing: bool = Field(True, description="several samples in a row, isolated exactly; false pads instead")
+    streaming: bool = Field(False, description="read as training goes on, for what does not fit in memory")
+    batch_size: int = Field(4, ge=1, description="rows in a micro-batch")
+    shuffle: bool = Field(True, description="a new order each epoch, decided by run.seed")
+    workers: int = Field(0, ge=0, description="processes that prepare batches")

@@ -1,0 +1,33 @@
+"""`export.*`: the format, and the keys that every format shares; formats add their own."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from qtrain.registry import Registry
+from qtrain.section import Section
+
+
+class ExportSection(Section):
+    """Keys that every export format shares; a format derives from this and adds its own."""
+
+    implementation: ClassVar[str]
+    """``package.module:attribute`` of the function that writes the format, imported when it runs."""
+
+    format: str = Field("compressed-tensors", description="layout of the exported directory")
+    dir: str | None = Field(None, description="where to; default: RUN/export/FORMAT")
+    evaluate: bool = Field(True, description="measure KL, top-1 agreement and perplexity against the trained model")
+    evaluate_windows: int = Field(16, ge=1, description="rows of held-out text for that measurement")
+    max_shard_size: str = Field("1GB", description="largest file of weights; also bounds the memory of the export")
+
+
+FORMATS: Registry[type[ExportSection]] = Registry(
+    "export format",
+    {
+        "compressed-tensors": "qtrain.export.compressed_tensors.config:CompressedTensorsOptions",
+        "adapter": "qtrain.export.adapter.config:AdapterOptions",
+        "merged": "qtrain.export.merged.config:MergedOptions",
+    },
+)

@@ -1,0 +1,35 @@
+"""`model.*`: which weights, stored how."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from qtrain.section import Section
+
+DType = Literal["auto", "fp32", "bf16"]
+
+
+def refuse_fp16(value: object) -> object:
+    """fp16 has no key here: its gradients overflow on quantized bases (NF4 needs a scaler and still diverges)."""
+    if value in ("fp16", "float16", "half"):
+        raise ValueError(
+            "fp16 overflows in the products over a quantized base; bf16 has fp32's range: use bf16, or fp32 where "
+            "the device has no bf16"
+        )
+    return value
+
+
+class ModelSection(Section):
+    """The base model and how its unquantized weights are stored."""
+
+    path: str | None = Field(
+        None, description="hub id, directory, .gguf file, or package:NAME/FILE.gguf inside an installed package"
+    )
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+    dtype: DType = Field("auto", description="storage of unquantized weights: auto is bf16 where the device has it")
+    attention: str = Field("auto", description="attention back end: auto, sdpa, eager, flash_attention_2, ...")
+    trust_remote_code: bool = Field(False, description="run code that comes with the model; off unless asked for")
+
+    _fp16 = field_validator("dtype", mode="before")(refuse_fp16)
