@@ -1,0 +1,1 @@
+"""Perplexity, drift between two models, and generated text."""
