@@ -1,0 +1,29 @@
+"""The keys of `export.format=compressed-tensors`."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from qtrain.export.config import ExportSection
+
+
+class CompressedTensorsOptions(ExportSection):
+    """Integer weights in 32-bit words (pack-quantized), read by transformers and vLLM."""
+
+    implementation: ClassVar[str] = "qtrain.export.compressed_tensors.write:write"
+
+    bits: Literal[4, 8] = Field(4, description="of a weight")
+    group_size: int = Field(32, description="weights that share a scale; -1: one scale a row")
+    scales: Literal["mse", "absmax"] = Field("mse", description="least squared error, or each group's largest weight")
+    ignore: list[str] = Field(
+        default_factory=list, description="layers that stay in 16 bits: names, or re:PATTERN; lm_head always does"
+    )
+
+    @field_validator("group_size")
+    @classmethod
+    def _a_size(cls, group_size: int) -> int:
+        if group_size != -1 and group_size < 1:
+            raise ValueError("it is -1 (one scale a row) or a number of weights, such as 32, 64 or 128")
+        return group_size

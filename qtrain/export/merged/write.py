@@ -1,0 +1,61 @@
+"""Write a model as a plain unquantized checkpoint."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from qtrain.errors import ExportError
+from qtrain.export.card import write_card
+from qtrain.export.companions import write_companions
+from qtrain.export.merged.config import MergedOptions
+from qtrain.export.shards import ShardWriter, parse_size
+from qtrain.files import atomic_directory
+from qtrain.modules.deployed import DeployedModel, DeployedTensor
+
+Progress = Callable[[Iterable[DeployedTensor], int], Iterator[DeployedTensor]]
+
+
+def write(
+    model: DeployedModel,
+    options: MergedOptions,
+    directory: Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None,
+    facts: Mapping[str, Any],
+    moments: Mapping[str, Tensor] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write ``directory`` and return what was done, for export.json.
+
+    ``options.base`` is the caller's: it decides which base ``model`` merges into. ``moments`` are of no use here.
+
+    Raises:
+        ExportError: a tensor that is not finite in ``model.dtype``.
+    """
+    begin = time.monotonic()
+    tensors = list(model.tensors())
+    with atomic_directory(directory) as temporary:
+        with ShardWriter(temporary, parse_size(options.max_shard_size)) as shards:
+            for tensor in progress(tensors, len(tensors)) if progress else tensors:
+                value = tensor.value().to(model.dtype)
+                if not bool(value.isfinite().all()):
+                    raise ExportError(
+                        f"NaN or inf as {model.dtype}", where=tensor.name, rule="exported weights are finite"
+                    )
+                shards.add(tensor.name, value)
+        write_companions(model, temporary, tokenizer)
+        result = {
+            "format": "merged",
+            "base": options.base,
+            "bytes": shards.total_bytes,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "seconds": round(time.monotonic() - begin, 1),
+        }
+        write_card(temporary, facts, result)
+    return result

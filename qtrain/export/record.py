@@ -1,0 +1,37 @@
+"""The canonical record of a quantized layer: every format is written from it, never from floats again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qtrain.numerics.affine import QParams, dequantize
+from qtrain.numerics.spec import QuantSpec
+
+
+@dataclass(frozen=True)
+class LinearRecord:
+    """One linear layer in codes.
+
+    Attributes:
+        codes: int8 [out, in].
+        scale: [out, groups] in the spec's scale_dtype.
+        zero_point: None where the spec is symmetric.
+        spec: what the codes mean.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    spec: QuantSpec
+
+    @property
+    def qparams(self) -> QParams:
+        """Scale and zero point together."""
+        return QParams(self.scale, self.zero_point)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight [out, in] that a consumer running in ``dtype`` computes with, bit for bit."""
+        return dequantize(self.codes, self.qparams, self.spec, dtype)

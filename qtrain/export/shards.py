@@ -1,0 +1,88 @@
+"""Weights into safetensors files of bounded size, one tensor after another."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import TracebackType
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qtrain.errors import ConfigError
+from qtrain.files import write_json
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of ``1GB``, ``500 MB``, ``2GiB``."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in UNITS or float(match[1]) <= 0:
+        raise ConfigError(
+            f"export.max_shard_size={text!r} is no size", rule="a number and B, KB, MB, GB, MiB or GiB", fix="1GB"
+        )
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+class ShardWriter:
+    """Collect tensors up to a size, write them as one file, and go on: what is held is never more than one file.
+
+    The files are named ``model-00001-of-0000N.safetensors`` with their index, or ``model.safetensors`` alone.
+    A tensor larger than the size gets a file of its own.
+
+    Args:
+        directory: an existing one, where the files go.
+        max_shard_size: bytes.
+    """
+
+    def __init__(self, directory: Path, max_shard_size: int) -> None:
+        self._directory = directory
+        self._limit = max_shard_size
+        self._held: dict[str, Tensor] = {}
+        self._held_bytes = 0
+        self._shards: list[list[str]] = []
+        self.total_bytes = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take one tensor; it must not change until it is written."""
+        size = tensor.numel() * tensor.element_size()
+        if self._held and self._held_bytes + size > self._limit:
+            self._flush()
+        self._held[name] = tensor.detach().cpu().contiguous()
+        self._held_bytes += size
+        self.total_bytes += size
+
+    def finish(self) -> None:
+        """Write what is held, give the files their names, and write the index."""
+        if self._held or not self._shards:
+            self._flush()
+        count = len(self._shards)
+        if count == 1:
+            self._unnamed(0).rename(self._directory / "model.safetensors")
+            return
+        weight_map = {}
+        for number, names in enumerate(self._shards):
+            file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            self._unnamed(number).rename(self._directory / file)
+            weight_map.update(dict.fromkeys(names, file))
+        write_json(
+            self._directory / "model.safetensors.index.json",
+            {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map},
+        )
+
+    def _flush(self) -> None:
+        # The number of files is part of their names and is known at the end only.
+        save_file(self._held, self._unnamed(len(self._shards)), metadata={"format": "pt"})
+        self._shards.append(list(self._held))
+        self._held, self._held_bytes = {}, 0
+
+    def _unnamed(self, number: int) -> Path:
+        return self._directory / f"part-{number}.safetensors"
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is None:
+            self.finish()
