@@ -1,0 +1,155 @@
+"""The Lightning data module: files in, batches out."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import lightning
+from lightning.pytorch.trainer.states import TrainerFn
+from transformers import PreTrainedTokenizerBase
+
+from qtrain.data.collate import collate_packed, collate_padded
+from qtrain.data.config import DataSection
+from qtrain.data.encoding import Encoder, Tally
+from qtrain.data.loader import Collate, Progress, ResumableLoader, RowLoader
+from qtrain.data.preparation import Split, check_samples, describe, prepare, read_items
+from qtrain.data.prompts import Prompt, prompt_of
+from qtrain.data.sample import SampleStore
+from qtrain.data.sources import SPLITS, locate_all
+from qtrain.data.stream import RowStream, StreamLoader
+from qtrain.data.summary import DataSummary
+from qtrain.errors import DataError
+
+STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("predict",)}
+
+
+class LanguageData(lightning.LightningDataModule):
+    """Text and chats as batches for a causal language model.
+
+    A batch holds ``input_ids`` and ``labels`` [B, L], ``position_ids`` or ``attention_mask`` [B, L] where they are
+    needed, and the counts ``tokens`` and ``loss_tokens``. Labels stand at their own tokens; the loss shifts them.
+
+    Args:
+        section: the `data.*` keys.
+        tokenizer: a fast tokenizer; it is given the chat template that is used, to be saved with it.
+        seed: of the order of the training rows.
+
+    Errors: DataError, from ``setup``, for whatever cannot be trained on.
+    """
+
+    def __init__(self, section: DataSection, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0) -> None:
+        super().__init__()
+        self.section, self.tokenizer, self.seed = section, tokenizer, seed
+        self.summary = DataSummary()
+        self._encoder = Encoder(tokenizer, section)
+        self._splits: dict[str, Split] = {}
+        self._stream: RowStream | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read, tokenize and pack the splits of that stage (all of them for None); what is known is not read again."""
+        for split in SPLITS if stage is None else STAGES[stage]:
+            if getattr(self.section, split) is None or split in self.summary.splits:
+                continue
+            if split == "train" and self.section.streaming:
+                self._open_stream()
+            else:
+                self._prepare(split)
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Rows in an order decided by (seed, epoch); resumable in the middle of an epoch."""
+        if self._stream is None:
+            return self._loader("train", shuffle=self.section.shuffle, progress=self._progress())
+        return StreamLoader(
+            self._stream,
+            self._collate(packing=self.section.packing),
+            batch_size=self.section.batch_size,
+            seed=self.seed,
+            workers=self.section.workers,
+            rank=self._rank,
+            world_size=self._world_size,
+            progress=self._progress(),
+        )
+
+    def val_dataloader(self) -> ResumableLoader | list[ResumableLoader]:
+        """The held-out rows in their order; no loader where ``data.validation`` is not set."""
+        return self._loader("validation") if "validation" in self._splits else []
+
+    def test_dataloader(self) -> ResumableLoader:
+        """The rows of ``data.test`` in their order."""
+        return self._loader("test")
+
+    def predict_dataloader(self) -> ResumableLoader:
+        """The samples of ``data.predict`` in their order, one in a row, padded."""
+        return self._loader("predict")
+
+    def prompts(self) -> list[Prompt]:
+        """Prompt ids with the generation prompt, and the reference, for each sample of ``data.predict``.
+
+        Documents are prompts as they are.
+        """
+        items = read_items(locate_all(self.section.predict), self._encoder, split="predict")
+        return [prompt_of(item, self._encoder) for item in items]
+
+    def _prepare(self, split: str) -> None:
+        predicting = split == "predict"
+        encoder = Encoder(self.tokenizer, self.section, keep_masked=True) if predicting else self._encoder
+        locations = locate_all(getattr(self.section, split))
+        packing = self.section.packing and not predicting
+        self._splits[split] = prepare(locations, encoder, split=split, packing=packing)
+        self.summary.splits[split] = self._splits[split].summary
+
+    def _open_stream(self) -> None:
+        """Read the first block, so that mistakes in the data show before training; the summary is that block's."""
+        locations = locate_all(self.section.train)
+        stream = RowStream(locations, self._encoder, split="train", shuffle=self.section.shuffle, seed=self.seed)
+        tally = Tally()
+        store = SampleStore(stream.first_block(tally))
+        check_samples(store, tally, locations, "train")
+        rows = stream.pack(store.lengths)
+        self._stream = stream
+        packing = self.section.packing
+        self.summary.splits["train"] = describe(store, tally, rows, self._encoder, packing=packing, streamed=True)
+
+    def _loader(self, split: str, *, shuffle: bool = False, progress: Progress | None = None) -> RowLoader:
+        if split not in self._splits:
+            raise DataError(f"there is no data for this: data.{split} is not set", fix=f"data.{split}=FILE")
+        prepared = self._splits[split]
+        return RowLoader(
+            prepared.store,
+            prepared.rows,
+            self._collate(packing=self.section.packing and split != "predict"),
+            batch_size=self.section.batch_size,
+            shuffle=shuffle,
+            seed=self.seed,
+            workers=self.section.workers,
+            rank=self._rank,
+            world_size=self._world_size,
+            progress=progress,
+        )
+
+    def _collate(self, *, packing: bool) -> Collate:
+        pad = self.tokenizer.pad_token_id
+        pad = pad if pad is not None else self.tokenizer.eos_token_id or 0
+        if packing:
+            return partial(collate_packed, pad=pad, length=self.section.max_length)
+        return partial(collate_padded, pad=pad)
+
+    @property
+    def _rank(self) -> int:
+        return self.trainer.global_rank if self.trainer else 0
+
+    @property
+    def _world_size(self) -> int:
+        return self.trainer.world_size if self.trainer else 1
+
+    def _progress(self) -> Progress | None:
+        """Lightning's own counters: they alone know what was trained on, whatever was fetched, limited or rolled over.
+
+        ``processed`` rises before ``on_train_batch_end``, where checkpoints are saved, and is what it restores.
+        """
+        trainer = self.trainer
+        if trainer is None or trainer.state.fn != TrainerFn.FITTING:
+            return None
+        epochs, batches = trainer.fit_loop.epoch_progress, trainer.fit_loop.epoch_loop.batch_progress
+        # Lightning annotates these trackers with a parent class that lacks `processed`.
+        return lambda: (epochs.current.processed, batches.current.processed)  # type: ignore[attr-defined]

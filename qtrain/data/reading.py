@@ -1,0 +1,169 @@
+"""From files and hub ids to records that know where they stand."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.load import load_dataset
+from pyarrow.lib import ArrowInvalid
+
+from qtrain.data.sources import TEXT_SUFFIXES, HubSet, Location
+from qtrain.errors import DataError
+
+# Of a stream of plain text; a piece ends at the next end of line. 1 MiB is about 250,000 tokens.
+PIECE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Record:
+    """One sample as it stands in its source; ``fields`` of plain text are ``{"text": ..., "ends": False}``."""
+
+    fields: Mapping[str, Any]
+    source: str
+    number: int
+    line: int | None = None
+
+    @property
+    def where(self) -> str:
+        """``train.jsonl:12 (sample 12)``."""
+        return (
+            f"{self.source}:{self.line} (sample {self.number})"
+            if self.line
+            else f"{self.source} (sample {self.number})"
+        )
+
+
+def read(location: Location, *, split: str, whole: bool = True, start: int = 0) -> Iterator[Record]:
+    """The records of one file or hub id, from the one with index ``start`` on.
+
+    Args:
+        split: which split a hub id without one means.
+        whole: plain text is one record; otherwise it comes in pieces of about a mebibyte that end at a line's end.
+
+    Errors: DataError with file, line and sample for JSON that does not parse; for sources that cannot be opened.
+    """
+    if isinstance(location, HubSet):
+        records = _read_hub(location, split, start)
+        start = 0
+    elif location.suffix.lower() in TEXT_SUFFIXES:
+        records = _read_text(location, whole)
+    elif location.suffix.lower() in (".json", ".jsonl"):
+        records = _read_json(location)
+    else:
+        records = _read_table(location, start)
+        start = 0
+    return islice(records, start, None)
+
+
+def _read_text(path: Path, whole: bool) -> Iterator[Record]:
+    with path.open(encoding="utf-8", newline="") as file:
+        try:
+            number = 0
+            while text := file.read() if whole else file.read(PIECE) + file.readline():
+                number += 1
+                yield Record({"text": text, "ends": False}, str(path), number)
+        except UnicodeDecodeError as error:
+            raise _not_utf8(path, error) from None
+
+
+def _read_json(path: Path) -> Iterator[Record]:
+    with path.open(encoding="utf-8-sig") as file:
+        try:
+            first = next((line for line in file if line.strip()), "")
+            file.seek(0)
+            if first.lstrip().startswith("["):
+                yield from _read_array(path, file.read())
+                return
+            number = 0
+            for line, text in enumerate(file, start=1):
+                if text.strip():
+                    number += 1
+                    yield _record(path, number, line, text)
+        except UnicodeDecodeError as error:
+            raise _not_utf8(path, error) from None
+
+
+def _record(path: Path, number: int, line: int, text: str) -> Record:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"this line is no JSON: {error.msg} at column {error.colno}",
+            where=f"{path}:{line} (sample {number})",
+            rule="an array of objects, or one object a line",
+        ) from None
+    return Record(_fields(value, path, number, line), str(path), number, line)
+
+
+_GAP = re.compile(r"[\s,]*")
+
+
+def _read_array(path: Path, text: str) -> Iterator[Record]:
+    """Objects of a JSON array one by one, since ``json.load`` does not say on which line an object begins."""
+    decoder = json.JSONDecoder()
+    at, line, number = text.index("[") + 1, 1, 0
+    counted = 0
+    while True:
+        gap = _GAP.match(text, at)
+        at = gap.end() if gap else at
+        line += text.count("\n", counted, at)
+        counted = at
+        if text.startswith("]", at):
+            return
+        number += 1
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"no JSON: {error.msg} at column {error.colno}",
+                where=f"{path}:{error.lineno} (sample {number})",
+                rule="an array of objects, or one object a line",
+            ) from None
+        yield Record(_fields(value, path, number, line), str(path), number, line)
+
+
+def _fields(value: object, path: Path, number: int, line: int) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError(
+            f"a sample is an object, here is {json.dumps(value)[:60]}",
+            where=f"{path}:{line} (sample {number})",
+            rule="an array of objects, or one object a line",
+        )
+    return value
+
+
+def _read_table(path: Path, start: int) -> Iterator[Record]:
+    """Parquet and CSV."""
+    kind = path.suffix.lower().removeprefix(".")
+    try:
+        rows = load_dataset(kind, data_files=str(path), split="train", streaming=True)
+        for number, row in enumerate(rows.skip(start) if start else rows, start=start + 1):
+            yield Record(row, str(path), number)
+    except (ArrowInvalid, DatasetGenerationError, UnicodeDecodeError) as error:
+        raise DataError(f"not a readable {kind} file: {error}", where=str(path)) from None
+
+
+def _read_hub(hub: HubSet, split: str, start: int) -> Iterator[Record]:
+    wanted = hub.split or ("test" if split == "predict" else split)
+    try:
+        rows = load_dataset(hub.name, hub.config, split=wanted, streaming=True)
+        for number, row in enumerate(rows.skip(start) if start else rows, start=start + 1):
+            yield Record(row, f"{hub.name}[{wanted}]", number)
+    except (DatasetNotFoundError, ConnectionError, OSError, ValueError) as error:
+        raise DataError(
+            f"the hub id cannot be read: {str(error).strip().splitlines()[0]}",
+            where=str(hub),
+            rule="name, name:split or name[config]:split of a data set of the hub, or a file that exists",
+            fix=f"check the name and the split ({wanted}), and that the hub can be reached",
+        ) from None
+
+
+def _not_utf8(path: Path, error: UnicodeDecodeError) -> DataError:
+    return DataError(f"byte {error.start} is not UTF-8", where=str(path), fix="save the file as UTF-8")

@@ -1,0 +1,115 @@
+"""From `data.train` and its siblings to files and hub ids, checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from qtrain.data.config import DataSection
+from qtrain.errors import DataError
+
+SPLITS = ("train", "validation", "test", "predict")
+TEXT_SUFFIXES = (".txt", ".text", ".md")
+SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", *TEXT_SUFFIXES)
+
+_HUB_ID = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:\[(?P<config>[^\]]+)\])?(?::(?P<split>[^:]+))?")
+_FILE_LIKE = re.compile(r"\.[A-Za-z]\w*$")
+
+
+@dataclass(frozen=True)
+class HubSet:
+    """A data set of the hub: ``name``, ``name:split`` or ``name[config]:split``."""
+
+    name: str
+    config: str | None = None
+    split: str | None = None
+
+    def __str__(self) -> str:
+        config = f"[{self.config}]" if self.config else ""
+        return self.name + config + (f":{self.split}" if self.split else "")
+
+
+Location = Path | HubSet
+
+
+def locate(entry: str) -> list[Location]:
+    """The files of one entry, or its hub id; a directory stands for all its data files, in the order of their names.
+
+    Files called README and hidden ones are not data. Errors: DataError.
+    """
+    path = Path(entry).expanduser()
+    if path.is_dir():
+        return list(_files_in(path))
+    if path.is_file():
+        return [_checked(path)]
+    hub = _HUB_ID.fullmatch(entry)
+    looks_local = _FILE_LIKE.search(path.name) or (path.parent != Path() and path.parent.is_dir())
+    if hub is None or looks_local or entry.startswith("."):
+        raise DataError("no such file or directory", where=entry, fix=_near(path))
+    return [HubSet(hub["name"], hub["config"], hub["split"])]
+
+
+def locate_all(source: str | list[str] | None) -> list[Location]:
+    """The files and hub ids of a whole key, in the order given."""
+    entries = [source] if isinstance(source, str) else source or []
+    return [location for entry in entries for location in locate(entry)]
+
+
+def check_sources(section: DataSection) -> list[DataError]:
+    """Everything wrong with sources and template file that can be told without reading them, by its key."""
+    errors = []
+    for split in SPLITS:
+        source = getattr(section, split)
+        for entry in [source] if isinstance(source, str) else source or []:
+            try:
+                locate(entry)
+            except DataError as error:
+                where = f"data.{split}={error.where}"
+                errors.append(DataError(error.what, where=where, rule=error.rule, fix=error.fix))
+    template = section.chat_template
+    if template not in (None, "chatml") and not Path(template).expanduser().is_file():
+        fix = f"chatml, or a Jinja file; {_near(Path(template))}"
+        errors.append(DataError("no such file", where=f"data.chat_template={template}", fix=fix))
+    return errors
+
+
+def _files_in(directory: Path) -> list[Path]:
+    files = sorted(
+        path
+        for path in directory.rglob("*")
+        if path.is_file()
+        and path.suffix.lower() in SUFFIXES
+        and path.stem.upper() != "README"
+        and not any(part.startswith(".") for part in path.relative_to(directory).parts)
+    )
+    if not files:
+        raise DataError(
+            "the directory has no data files", where=str(directory), rule="data files end in " + ", ".join(SUFFIXES)
+        )
+    return [_checked(file) for file in files]
+
+
+def _checked(path: Path) -> Path:
+    if path.suffix.lower() not in SUFFIXES:
+        raise DataError(
+            f"unknown suffix {path.suffix!r}", where=str(path), rule="data files end in " + ", ".join(SUFFIXES)
+        )
+    if path.stat().st_size == 0:
+        raise DataError("the file is empty", where=str(path), rule="a data file holds at least one sample")
+    return path
+
+
+def _near(path: Path) -> str:
+    """Near names in the directory, else the nearest directory there is."""
+    parent = path.parent
+    if not parent.is_dir():
+        while not parent.is_dir():
+            parent = parent.parent
+        return f"there is no directory {path.parent}; the nearest that exists is {parent.resolve()}"
+    names = [entry.name for entry in parent.iterdir() if not entry.name.startswith(".")]
+    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.6)
+    if near:
+        return "did you mean " + " or ".join(str(parent / name) for name in near) + "?"
+    return f"a file in {parent.resolve()}, or a hub id: name, name:split, name[config]:split"
