@@ -18,10 +18,10 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """
     _check(bits)
     rows, columns = codes.shape
-    unsigned = (codes.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)
+    unsigned = (codes.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
     unsigned = torch.nn.functional.pad(unsigned, (0, -columns % (32 // bits)))
     per_byte = 8 // bits
-    packed = unsigned[:, ::per_byte].clone()
+    packed = unsigned[:, ::per_byte].clone(memory_format=torch.contiguous_format)
     for position in range(1, per_byte):
         packed |= unsigned[:, position::per_byte] << (position * bits)
     words: Tensor = packed.view(torch.int32)
@@ -32,9 +32,9 @@ def unpack(words: Tensor, bits: int, columns: int) -> Tensor:
     """Words int32 [out, words] to codes int8 [out, columns]: the inverse of ``pack``."""
     _check(bits)
     packed = words.contiguous().view(torch.uint8)
-    parts = [(packed >> (position * bits)) & (2**bits - 1) for position in range(8 // bits)]
+    parts = [(packed >> (position * bits)) & ((1 << bits) - 1) for position in range(8 // bits)]
     unsigned = torch.stack(parts, dim=-1).reshape(words.shape[0], -1)[:, :columns]
-    return (unsigned.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
+    return (unsigned.to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
 
 
 def _check(bits: int) -> None:

@@ -1,0 +1,50 @@
+"""A live model as the exporter sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from qtrain.modules.deployed import DeployedModel, DeployedTensor
+
+
+@pytest.fixture
+def deploy() -> Callable[[PreTrainedModel], DeployedModel]:
+    """A plain transformers model, unmerged, as a DeployedModel."""
+
+    def deployed(model: PreTrainedModel) -> DeployedModel:
+        linears = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
+
+        def tensors() -> Iterator[DeployedTensor]:
+            for name, value in model.state_dict().items():
+                if name != "lm_head.weight" or not model.config.tie_word_embeddings:
+                    yield DeployedTensor(name, tuple(value.shape), name in linears, lambda value=value: value)
+
+        return DeployedModel(model.config, model.generation_config, tensors, next(model.parameters()).dtype)
+
+    return deployed
+
+
+@pytest.fixture
+def tiny_model() -> Callable[..., PreTrainedModel]:
+    """A 2-layer Llama of any shape with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def build(dtype: torch.dtype = torch.float32, **keys: object) -> PreTrainedModel:
+        torch.manual_seed(0)
+        shape = {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 512,
+            "max_position_embeddings": 128,
+        }
+        return LlamaForCausalLM(LlamaConfig(**{**shape, **keys})).to(dtype).eval()
+
+    return build
