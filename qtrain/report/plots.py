@@ -1,0 +1,139 @@
+"""Plots as SVG elements that take the page's fonts and colours."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import matplotlib
+from markupsafe import Markup, escape
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from qtrain.report.figures import superscript
+from qtrain.report.run_files import Series
+
+# matplotlib writes these stand-ins; the page's stylesheet owns the colours, for light and dark.
+COLOURS = {
+    "#010101": "var(--ink-2)",
+    "#020202": "var(--rule)",
+    "#030303": "var(--train)",
+    "#040404": "var(--validation)",
+    "#050505": "var(--paper)",
+}
+INK, RULE, TRAIN, VALIDATION, PAPER = COLOURS
+STEPS = [1, 2, 2.5, 5, 10]
+"""Ticks lie at round numbers."""
+WIDE, SMALL = (14.4, 3.9), (4.7, 2.75)
+"""Inches of 72 units; the page shows a unit at about a pixel, so that text has its size on a phone too."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line: its points, its colour, and how it is drawn."""
+
+    points: Series
+    colour: str = TRAIN
+    smooth: bool = False
+    dots: bool = False
+
+
+def curves(
+    name: str, unit: str, lines: Sequence[Curve], size: tuple[float, float] = SMALL, zero: bool = False
+) -> Markup:
+    """Values over optimizer steps; ``zero`` begins the axis there."""
+    figure, axes = _canvas(size)
+    for line in lines:
+        steps, values = [step for step, _ in line.points], [value for _, value in line.points]
+        if line.smooth and len(values) >= 30:
+            axes.plot(steps, values, color=line.colour, linewidth=0.8, alpha=0.4)
+            values = smoothed(values)
+        lone = len(values) == 1
+        axes.plot(steps, values, color=line.colour, linewidth=1.8, solid_capstyle="round")
+        if line.dots or lone:
+            axes.scatter(
+                steps, values, s=42, color=line.colour, edgecolors=PAPER, linewidths=1.5, zorder=3, clip_on=False
+            )
+    if zero:
+        axes.set_ylim(bottom=0, top=max(value for line in lines for _, value in line.points) * 1.15 or 1)
+    axes.set_xlabel("optimizer step", loc="right")
+    return _finish(figure, axes, unit, name)
+
+
+def histogram(name: str, edges: Sequence[float], counts: Sequence[float]) -> Markup:
+    """Samples over their length in tokens."""
+    figure, axes = _canvas(SMALL)
+    widths = [high - low for low, high in zip(edges, edges[1:], strict=False)]
+    axes.bar(edges[:-1], counts, widths, align="edge", color=TRAIN, edgecolor=PAPER, linewidth=1)
+    axes.set_xlabel("tokens in a sample", loc="right")
+    return _finish(figure, axes, "samples", name)
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Mean over a thirtieth of the run around each point; centred, since a trailing mean hangs above a falling loss."""
+    reach = max(1, len(values) // 60)
+    result = []
+    for at in range(len(values)):
+        near = min(reach, at, len(values) - 1 - at)
+        window = values[at - near : at + near + 1]
+        result.append(sum(window) / len(window))
+    return result
+
+
+def tick_labels(values: Sequence[float]) -> list[str]:
+    """Ticks with the same number of decimals, and small ones with the same power of ten."""
+    largest = max((abs(value) for value in values), default=0.0)
+    exponent = math.floor(math.log10(largest)) if largest else 0
+    power = exponent if not -3 <= exponent < 6 else 0
+    shown = [value / 10.0**power for value in values]
+    decimals = max((len(f"{value:.4g}".partition(".")[2]) for value in shown), default=0)
+    scale = f" × 10{superscript(power)}" if power else ""
+    return [f"{value:,.{decimals}f}{scale}" if value or not power else "0" for value in shown]
+
+
+def _canvas(size: tuple[float, float]) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=size)
+    return figure, figure.subplots()
+
+
+def _finish(figure: Figure, axes: Axes, unit: str, name: str) -> Markup:
+    """Horizontal rules only, the unit where the axis begins, and the drawing as an element of the page."""
+    width, height = (72 * inches for inches in figure.get_size_inches())
+    axes.spines[["top", "left", "right"]].set_visible(False)
+    axes.spines["bottom"].set_color(RULE)
+    axes.set_axisbelow(True)
+    axes.grid(axis="y", color=RULE, linewidth=0.8)
+    axes.tick_params(colors=INK, labelsize=11, length=0, pad=6)
+    axes.xaxis.label.set(color=INK, fontsize=11)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=STEPS))
+    axes.margins(x=0.01)
+    low, high = axes.get_ylim()
+    ticks = [tick for tick in MaxNLocator(6, steps=STEPS).tick_values(low, high) if low <= tick <= high]
+    axes.set_yticks(ticks, tick_labels([round(tick, 12) for tick in ticks]))
+    # Units of the drawing, the same for each: axes that stand side by side share their lines.
+    left = 14 + 6.2 * max(len(text.get_text()) for text in axes.get_yticklabels())
+    figure.subplots_adjust(left=left / width, right=1 - 12 / width, top=1 - 24 / height, bottom=42 / height)
+    figure.text(0, 1 - 10 / height, unit, fontsize=11, color=INK, va="center")
+    text = io.StringIO()
+    # Text stays text; the salt makes the ids of clip paths the same from one run to the next.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(text, format="svg", transparent=True)
+    return Markup(_inline(text.getvalue(), name))
+
+
+def _inline(svg: str, name: str) -> str:
+    """An element of a page: no prolog, no metadata, no size, no style that would reach beyond it."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg)
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg)
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(name)}"', 1)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
+    for stand_in, colour in COLOURS.items():
+        svg = svg.replace(stand_in, colour)
+    return re.sub(r"\n\s*", "\n", svg).strip()

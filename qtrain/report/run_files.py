@@ -1,0 +1,115 @@
+"""What a run directory holds, as far as it is there."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qtrain.errors import CheckpointError
+
+Series = list[tuple[int, float]]
+"""(optimizer step, value), in the order of the file."""
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """The files of one run; what is missing is empty.
+
+    Args:
+        name: the directory's name.
+        config: text of config.yaml.
+        metrics: a series for each column of metrics.csv.
+        fit: figures of fit.json.
+        data: split to summary, of data.json.
+        samples: ``{step, prompt, text}`` of samples.jsonl.
+        exports: format to figures, of export.json.
+    """
+
+    name: str
+    config: str
+    metrics: dict[str, Series]
+    fit: dict[str, Any]
+    data: dict[str, dict[str, Any]]
+    samples: list[dict[str, Any]]
+    exports: dict[str, dict[str, Any]]
+
+
+def read_run(run_dir: Path) -> RunFiles:
+    """Read what there is.
+
+    Raises:
+        CheckpointError: there is no such directory, or a file in it is not what its name says.
+    """
+    if not run_dir.is_dir():
+        raise CheckpointError("no such run directory", where=str(run_dir), fix="run.dir=DIR of a run that `fit` wrote")
+    config, samples = run_dir / "config.yaml", run_dir / "samples.jsonl"
+    return RunFiles(
+        name=run_dir.resolve().name,
+        config=config.read_text(encoding="utf-8") if config.exists() else "",
+        metrics=_metrics(run_dir / "metrics.csv"),
+        fit=_json(run_dir / "fit.json"),
+        data=_by_name(_json(run_dir / "data.json"), "data"),
+        samples=[_parsed(line, samples) for line in samples.read_text(encoding="utf-8").split("\n") if line.strip()]
+        if samples.exists()
+        else [],
+        exports=_exports(_json(run_dir / "export.json")),
+    )
+
+
+def _metrics(path: Path) -> dict[str, Series]:
+    """Columns of a sparse table; cells that hold no finite number are skipped, like a row that was cut off."""
+    series: dict[str, Series] = defaultdict(list)
+    if not path.exists():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            step = _number(row.pop("step", None))
+            for name, cell in row.items():
+                value = _number(cell)
+                if name and step is not None and value is not None:
+                    series[name].append((int(step), value))
+    return dict(series)
+
+
+def _number(cell: Any) -> float | None:
+    try:
+        value = float(cell)
+    except (TypeError, ValueError):
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return _parsed(path.read_text(encoding="utf-8"), path) if path.exists() else {}
+
+
+def _parsed(text: str, path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CheckpointError(
+            f"no JSON: {error}", where=str(path), fix=f"remove {path.name}; the report leaves it out"
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"holds a {type(content).__name__}", where=str(path), rule="an object with named figures")
+    return content
+
+
+def _exports(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Figures of each format, those of a nested ``drift`` among them."""
+    exports = _by_name(content, str(content.get("format", "export")))
+    return {name: {**export, **export.get("drift", {})} for name, export in exports.items()}
+
+
+def _by_name(content: dict[str, Any], name: str) -> dict[str, dict[str, Any]]:
+    """``{name: figures}``; figures that stand alone get ``name``."""
+    if not content:
+        return {}
+    if all(isinstance(value, dict) for value in content.values()):
+        return content
+    return {name: content}

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qtrain.report.plots import COLOURS, VALIDATION, Curve, curves, histogram, smoothed, tick_labels
+
+POINTS = [(step, 3 - step / 50) for step in range(100)]
+
+
+def texts(svg: str) -> list[str]:
+    return [element.text or "" for element in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
+
+
+def test_a_plot_is_one_element_with_the_pages_fonts_and_colours() -> None:
+    svg = curves("loss", "nats a token", [Curve(POINTS, smooth=True), Curve(POINTS[::25], VALIDATION, dots=True)])
+    root = ET.fromstring(svg)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert root.get("aria-label") == "loss" and root.get("width") is None and root.get("viewBox")
+    assert {"nats a token", "optimizer step"} <= set(texts(svg))
+    assert "var(--train)" in svg and "var(--validation)" in svg
+    assert not any(word in svg for word in ("DejaVu", "<style", "<metadata", "http://matplotlib", *COLOURS))
+
+
+def test_the_same_points_give_the_same_bytes() -> None:
+    first, again = (curves("loss", "nats", [Curve(POINTS)]) for _ in range(2))
+    assert first == again
+
+
+@settings(max_examples=25, deadline=None)
+@given(values=st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=70), zero=st.booleans())
+def test_any_finite_series_is_drawn(values: list[float], zero: bool) -> None:
+    values = [abs(value) for value in values] if zero else values
+    svg = curves("any", "unit", [Curve(list(enumerate(values)), smooth=True)], zero=zero)
+    assert "unit" in texts(svg)
+
+
+def test_bars_for_each_bin() -> None:
+    svg = histogram("lengths", [0, 10, 20, 30], [5, 0, 7])
+    assert svg.count("var(--train)") == 3
+    assert {"samples", "tokens in a sample"} <= set(texts(svg))
+
+
+@given(st.lists(st.floats(-100, 100), min_size=1, max_size=300))
+def test_smoothing_stays_within_the_values_and_keeps_the_ends(values: list[float]) -> None:
+    result = smoothed(values)
+    assert len(result) == len(values)
+    assert result[0] == values[0] and result[-1] == values[-1]
+    assert min(values) - 1e-9 <= min(result) and max(result) <= max(values) + 1e-9
+
+
+def test_smoothing_does_not_lag_behind_a_slope() -> None:
+    slope = [3 - 0.01 * step for step in range(300)]
+    assert smoothed(slope) == pytest.approx(slope)
+
+
+def test_ticks_agree_in_their_decimals() -> None:
+    assert tick_labels([0, 0.5, 1]) == ["0.0", "0.5", "1.0"]
+    assert tick_labels([0, 5e-5, 1e-4]) == ["0", "0.5 × 10⁻⁴", "1.0 × 10⁻⁴"]
+    assert tick_labels([0, 20_000]) == ["0", "20,000"]
+    assert tick_labels([0, 1e6, 2e6]) == ["0", "1 × 10⁶", "2 × 10⁶"]
+    assert tick_labels([0]) == ["0"]
+    assert tick_labels([]) == []
