@@ -1,9 +1,10 @@
-"""What flows into each linear layer on real text: the weights of a scale search."""
+"""What flows into each linear layer on real text: the weights of a scale search, the Hessians of GPTQ."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,43 +14,81 @@ from qtrain.errors import DataError, ModelError
 from qtrain.registry import did_you_mean
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """The live model, and rows of text to run through it.
+
+    Attributes:
+        model: whose modules are named as in the checkpoint; any layer that takes its input as first argument is
+            observed, a PEFT layer around a 4-bit linear included.
+        rows: token ids [batch, tokens], without padding; read once a pass.
+    """
+
+    model: nn.Module
+    rows: Sequence[Tensor]
+
+    def second_moments(self, names: Collection[str]) -> dict[str, Tensor]:
+        """E[x_j^2] [in], fp32, of the input of each named module over all tokens."""
+        return input_second_moments(self.model, self.rows, names)
+
+    def hessians(self, names: Sequence[str], memory: int = 2 * 2**30) -> Iterator[tuple[str, Tensor]]:
+        """Each name with E[x x^T] [in, in], fp32, of its module's input, in the order of ``names``.
+
+        Args:
+            memory: bytes of Hessians to hold at a time; what does not fit is left to another pass over the rows.
+        """
+        while names:
+            taken, size = 0, 0
+            while taken < len(names):
+                size += 4 * _module(self.model, names[taken]).in_features ** 2
+                if taken and size > memory:
+                    break
+                taken += 1
+            held = _means(self.model, self.rows, names[:taken], lambda x: x.t() @ x)
+            for name in names[:taken]:
+                yield name, held.pop(name)
+            names = names[taken:]
+
+
 def input_second_moments(model: nn.Module, rows: Iterable[Tensor], names: Collection[str]) -> dict[str, Tensor]:
-    """E[x_j^2] of the input x [tokens, in] of each named module, over all tokens of all rows.
-
-    Any module that takes its input as first argument is observed, a PEFT layer around a 4-bit linear included. One
-    fp32 vector [in] a module is held.
-
-    Args:
-        rows: token ids [batch, tokens], without padding.
-        names: of modules of ``model``, as ``named_modules`` spells them.
+    """E[x_j^2] of the input x [tokens, in] of each named module, over all tokens of all rows; fp32 [in].
 
     Raises:
         ModelError: a name that the model does not have.
         DataError: no rows, or inputs that are not finite.
     """
-    modules = dict(model.named_modules())
+    return _means(model, rows, names, lambda x: x.square().sum(dim=0))
+
+
+def _means(
+    model: nn.Module, rows: Iterable[Tensor], names: Collection[str], statistic: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """``statistic`` of each module's input x [tokens, in], summed over the rows, over the number of tokens."""
     sums: dict[str, Tensor] = {}
     tokens: dict[str, int] = {}
+    latest: list[tuple[Tensor, Tensor]] = []
 
     def observe(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            x = inputs[0].detach().flatten(0, -2).to(torch.float32)
-            square = x.square().sum(dim=0)
-            sums[name] = sums[name] + square if name in sums else square
-            tokens[name] = tokens.get(name, 0) + x.shape[0]
+            x = inputs[0].detach()
+            # q, k and v are called with one tensor, gate and up too: its statistic is computed once.
+            if not (latest and latest[0][0] is inputs[0]):
+                latest[:] = [(inputs[0], statistic(x.flatten(0, -2).to(torch.float32)))]
+            value = latest[0][1]
+            sums[name] = sums[name].add_(value) if name in sums else value.clone()
+            tokens[name] = tokens.get(name, 0) + x.numel() // x.shape[-1]
 
         return hook
 
     handles = []
     try:
         for name in names:
-            if name not in modules:
-                raise ModelError(f"there is no module {name!r} to calibrate", fix=did_you_mean(name, modules))
-            handles.append(modules[name].register_forward_pre_hook(observe(name)))
-        with inference(model):
+            handles.append(_module(model, name).register_forward_pre_hook(observe(name)))
+        with _inference(model):
             device = next(model.parameters()).device
             for ids in rows:
                 model(input_ids=ids.to(device), use_cache=False)
+                latest.clear()
     finally:
         for handle in handles:
             handle.remove()
@@ -58,11 +97,18 @@ def input_second_moments(model: nn.Module, rows: Iterable[Tensor], names: Collec
             raise DataError(f"no calibration token reached {name!r}", rule="calibration needs at least one row of text")
         if not bool(sums[name].isfinite().all()):
             raise DataError(f"the input of {name!r} holds NaN or inf on the calibration rows")
-    return {name: sums[name] / tokens[name] for name in names}
+    return {name: sums[name].div_(tokens[name]) for name in names}
+
+
+def _module(model: nn.Module, name: str) -> Any:
+    modules = dict(model.named_modules())
+    if name not in modules:
+        raise ModelError(f"there is no module {name!r} to calibrate", fix=did_you_mean(name, modules))
+    return modules[name]
 
 
 @contextmanager
-def inference(model: nn.Module) -> Iterator[None]:
+def _inference(model: nn.Module) -> Iterator[None]:
     """No gradients, no dropout; the mode that the model was in comes back."""
     training = model.training
     model.eval()

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from qtrain.modules.deployed import DeployedModel, DeployedTensor
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def deploy() -> Callable[[PreTrainedModel], DeployedModel]:
     """A plain transformers model, unmerged, as a DeployedModel."""
 
@@ -29,7 +29,7 @@ def deploy() -> Callable[[PreTrainedModel], DeployedModel]:
     return deployed
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_model() -> Callable[..., PreTrainedModel]:
     """A 2-layer Llama of any shape with random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -16,7 +16,8 @@ PACKED: dict[str, Any] = {
     "quantized_layers": 210,
     "group_sizes": {"32": 210},
     "scales": "mse",
-    "calibrated": True,
+    "rounding": "gptq",
+    "calibration_tokens": 16384,
     "kept": [],
     "dtype": "bfloat16",
     "bytes": 123_400_000,
@@ -47,6 +48,7 @@ def test_a_card_tells_what_is_known(tmp_path: Path) -> None:
         "| perplexity | 22.1 | 23.9 |",
         "| group sizes | 32 (210 layers) |",
         "| weights | 123.4 MB |",
+        "| rounding | GPTQ, 16384 tokens of calibration |",
         "| scales | least squared error, weighted by calibration inputs |",
     ):
         assert line in body.splitlines()

@@ -17,7 +17,10 @@ from qtrain.errors import ExportError
 from qtrain.export.compressed_tensors.config import CompressedTensorsOptions
 from qtrain.export.compressed_tensors.write import quantize_linear, write
 from qtrain.export.readback import read_records
+from qtrain.export.record import LinearRecord
 from qtrain.modules.deployed import DeployedModel
+from qtrain.ptq.activation_stats import Calibration
+from qtrain.ptq.gptq import output_error
 
 Deploy = Callable[[PreTrainedModel], DeployedModel]
 Build = Callable[..., PreTrainedModel]
@@ -53,7 +56,7 @@ def test_the_directory_is_whole(
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "README.md"} <= names
     assert "chat_template.jinja" in names
     assert result["bytes"] == sum(t.numel() * t.element_size() for t in load_file(out / "model.safetensors").values())
-    assert result["bits_per_quantized_weight"] == pytest.approx(4.5, abs=0.02)
+    assert result["bits_per_quantized_weight"] == pytest.approx(4.5, abs=0.05)
     assert str(tmp_path) not in "".join(p.read_text() for p in out.glob("*.json"))
     assert "int4 symmetric" in (out / "README.md").read_text()
 
@@ -88,15 +91,37 @@ def test_ignored_layers_stay_as_they_are(tmp_path: Path, tiny_model: Build, depl
     assert ignore == sorted(["lm_head", *result["kept"]])
 
 
-def test_moments_weigh_the_scales(tmp_path: Path, tiny_model: Build, deploy: Deploy) -> None:
-    deployed = deploy(tiny_model())
-    name = "model.layers.0.mlp.up_proj"
-    moments = {name: torch.rand(64, generator=torch.Generator().manual_seed(0)) ** 8}
-    options = CompressedTensorsOptions()
-    write(deployed, options, tmp_path / "with", tokenizer=None, facts={}, moments=moments)
-    write(deployed, options, tmp_path / "without", tokenizer=None, facts={})
-    weighed, plain = dict(read_records(tmp_path / "with")), dict(read_records(tmp_path / "without"))
-    assert [n for n in plain if not torch.equal(plain[n].scale, weighed[n].scale)] == [name]
+def calibration_of(model: PreTrainedModel) -> Calibration:
+    generator = torch.Generator().manual_seed(0)
+    return Calibration(model, [torch.randint(4, 500, (2, 64), generator=generator) for _ in range(3)])
+
+
+def expected_error(record: LinearRecord, weight: torch.Tensor, hessian: torch.Tensor) -> float:
+    return float(output_error(weight, record.codes, record.qparams, hessian, record.spec).sum())
+
+
+def test_calibration_lessens_every_layers_error(tmp_path: Path, tiny_model: Build, deploy: Deploy) -> None:
+    model = tiny_model()
+    deployed, calibration = deploy(model), calibration_of(model)
+    read = {}
+    for name, given, keys in [
+        ("plain", None, {}),
+        ("weighed", calibration, {"rounding": "nearest"}),
+        ("fed", calibration, {"rounding": "gptq"}),
+    ]:
+        options = CompressedTensorsOptions(**keys)
+        result = write(deployed, options, tmp_path / name, tokenizer=None, facts={}, calibration=given)
+        assert result["rounding"] == ("gptq" if name == "fed" else "nearest")
+        assert result["calibration_tokens"] == (384 if given else 0)
+        read[name] = dict(read_records(tmp_path / name))
+    for layer, hessian in calibration.hessians(list(read["plain"])):
+        weight = model.get_submodule(layer).weight.detach()
+        assert torch.equal(read["weighed"][layer].scale, read["fed"][layer].scale)
+        errors = [expected_error(read[name][layer], weight, hessian) for name in ("weighed", "fed")]
+        assert errors[1] < errors[0]
+        diagonal = torch.diag(hessian.diagonal())
+        plain, weighed = (expected_error(read[name][layer], weight, diagonal) for name in ("plain", "weighed"))
+        assert weighed <= plain * 1.0001
 
 
 def test_a_weight_that_is_not_finite_is_named_and_nothing_is_left(
@@ -115,7 +140,9 @@ def test_nothing_to_quantize_is_an_error(tmp_path: Path, tiny_model: Build, depl
         export(deploy(tiny_model()), tmp_path / "out", ignore=["re:.*"])
 
 
-@pytest.mark.parametrize("keys", [{"bits": 3}, {"group_size": 0}, {"group_size": -2}, {"group": 32}])
+@pytest.mark.parametrize(
+    "keys", [{"bits": 3}, {"group_size": 0}, {"group_size": -2}, {"group": 32}, {"calibration_rows": 0}]
+)
 def test_options_are_checked(keys: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         CompressedTensorsOptions(**keys)

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from qtrain.errors import DataError, ModelError
-from qtrain.ptq.activation_stats import input_second_moments
+from qtrain.ptq.activation_stats import Calibration, input_second_moments
 
 NAMES = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
 
@@ -42,6 +42,35 @@ def test_the_model_is_left_as_it_was(tiny_llama: LlamaForCausalLM) -> None:
     assert not any(module._forward_pre_hooks for module in tiny_llama.modules())
 
 
+@pytest.mark.parametrize("memory", [1, 64 * 64 * 4, 2**30])
+def test_hessians_are_those_of_a_direct_computation_however_many_passes(
+    tiny_llama: LlamaForCausalLM, memory: int
+) -> None:
+    names = [n for n, m in tiny_llama.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
+    inputs: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    handles = [
+        tiny_llama.get_submodule(name).register_forward_pre_hook(
+            lambda module, given, name=name: inputs[name].append(given[0].detach().double().flatten(0, -2))
+        )
+        for name in names
+    ]
+    with torch.no_grad():
+        for ids in rows(5, 17):
+            tiny_llama(ids)
+    for handle in handles:
+        handle.remove()
+    calibration = Calibration(tiny_llama, rows(5, 17))
+    seen = []
+    for name, hessian in calibration.hessians(names, memory):
+        x = torch.cat(inputs[name])
+        torch.testing.assert_close(hessian.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(hessian.diagonal(), calibration.second_moments([name])[name])
+        seen.append(name)
+    assert seen == names
+
+
+# peft 0.21 reads an attribute that transformers 5.23 has renamed.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_an_adapter_on_a_4_bit_base_is_observed(tiny_llama: LlamaForCausalLM) -> None:
     from bitsandbytes.nn import Linear4bit
     from peft import LoraConfig, get_peft_model

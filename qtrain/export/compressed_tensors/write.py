@@ -6,6 +6,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from qtrain.numerics.affine import choose_qparams, largest_divisor, quantize
 from qtrain.numerics.packing import pack
 from qtrain.numerics.ranges import search_qparams
 from qtrain.numerics.spec import QuantSpec
+from qtrain.ptq.activation_stats import Calibration
+from qtrain.ptq.gptq import gptq_codes
 
 Progress = Callable[[Iterable[DeployedTensor], int], Iterator[DeployedTensor]]
 
@@ -37,7 +40,7 @@ def write(
     *,
     tokenizer: PreTrainedTokenizerBase | None,
     facts: Mapping[str, Any],
-    moments: Mapping[str, Tensor] | None = None,
+    calibration: Calibration | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write ``directory`` and return what was done, for export.json.
@@ -47,7 +50,7 @@ def write(
 
     Args:
         facts: what the model card tells about the training (see ``qtrain.export.card``).
-        moments: module name to E[x_j^2] [in] of its input, the weights of the scale search.
+        calibration: the live model and text; without it all inputs weigh alike and codes are the nearest.
         progress: wraps the loop over tensors, given their number.
 
     Raises:
@@ -57,6 +60,7 @@ def write(
     tensors = list(model.tensors())
     plan, fallbacks = _plan(tensors, options)
     kept = [_module(t.name) for t in tensors if t.linear and _module(t.name) not in plan]
+    moments = _second_moments(plan, options, calibration)
     if not plan:
         raise ExportError(
             "no layer is left to quantize",
@@ -72,7 +76,7 @@ def write(
                 if name not in plan:
                     shards.add(tensor.name, tensor.value().to(model.dtype))
                     continue
-                record = quantize_linear(tensor, plan[name], options.scales, (moments or {}).get(name))
+                record = quantize_linear(tensor, plan[name], options.scales, next(moments)[1])
                 before = shards.total_bytes
                 for key, value in packed_tensors(record).items():
                     shards.add(f"{name}.{key}", value)
@@ -89,7 +93,8 @@ def write(
             "fallbacks": fallbacks,
             "kept": kept,
             "scales": options.scales,
-            "calibrated": moments is not None,
+            "rounding": options.rounding if calibration else "nearest",
+            "calibration_tokens": sum(ids.numel() for ids in calibration.rows) if calibration else 0,
             "dtype": str(model.dtype).removeprefix("torch."),
             "seconds": round(time.monotonic() - begin, 1),
         }
@@ -98,17 +103,26 @@ def write(
 
 
 def quantize_linear(
-    tensor: DeployedTensor, spec: QuantSpec, scales: str = "mse", importance: Tensor | None = None
+    tensor: DeployedTensor, spec: QuantSpec, scales: str = "mse", moment: Tensor | None = None
 ) -> LinearRecord:
-    """Compute the weight and decide its codes, to the nearest ones."""
-    weight = tensor.value()
+    """Compute the weight and decide its codes.
+
+    Args:
+        scales: mse or absmax.
+        moment: of the layer's input: E[x_j^2] [in] weighs the scale search; E[x x^T] [in, in] does that with its
+            diagonal and has the codes decided by GPTQ; None: all columns alike, the nearest codes.
+    """
+    weight = tensor.value().detach()
+    hessian = moment if moment is not None and moment.ndim == 2 else None
+    importance = moment if hessian is None else hessian.diagonal()
     try:
         qparams = search_qparams(weight, spec, importance) if scales == "mse" else choose_qparams(weight, spec)
+        codes = quantize(weight, qparams, spec) if hessian is None else gptq_codes(weight, qparams, hessian, spec)
     except ModelError as error:
         raise ExportError(
             error.what, where=tensor.name, rule=error.rule, fix=f"export.ignore=[{_module(tensor.name)}]"
         ) from error
-    return LinearRecord(quantize(weight, qparams, spec), *qparams, spec)
+    return LinearRecord(codes, *qparams, spec)
 
 
 def packed_tensors(record: LinearRecord) -> dict[str, Tensor]:
@@ -143,6 +157,19 @@ def _plan(
             scale_dtype="bf16",
         )
     return plan, list(fallbacks.values())
+
+
+def _second_moments(
+    plan: Mapping[str, QuantSpec], options: CompressedTensorsOptions, calibration: Calibration | None
+) -> Iterator[tuple[str, Tensor | None]]:
+    """Each layer with what its rounding wants to know of its inputs, in the order of the plan."""
+    if calibration is None:
+        return zip(plan, repeat(None))
+    if options.rounding == "gptq":
+        return calibration.hessians(list(plan))
+    if options.scales == "mse":
+        return iter(calibration.second_moments(plan).items())
+    return zip(plan, repeat(None))
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from qtrain.errors import ExportError
@@ -17,6 +16,7 @@ from qtrain.export.merged.config import MergedOptions
 from qtrain.export.shards import ShardWriter, parse_size
 from qtrain.files import atomic_directory
 from qtrain.modules.deployed import DeployedModel, DeployedTensor
+from qtrain.ptq.activation_stats import Calibration
 
 Progress = Callable[[Iterable[DeployedTensor], int], Iterator[DeployedTensor]]
 
@@ -28,12 +28,12 @@ def write(
     *,
     tokenizer: PreTrainedTokenizerBase | None,
     facts: Mapping[str, Any],
-    moments: Mapping[str, Tensor] | None = None,
+    calibration: Calibration | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write ``directory`` and return what was done, for export.json.
 
-    ``options.base`` is the caller's: it decides which base ``model`` merges into. ``moments`` are of no use here.
+    ``options.base`` is the caller's: it decides which base ``model`` merges into. ``calibration`` is of no use here.
 
     Raises:
         ExportError: a tensor that is not finite in ``model.dtype``.
