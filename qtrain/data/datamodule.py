@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from qtrain.data.collate import collate_packed, collate_padded
 from qtrain.data.config import DataSection
 from qtrain.data.encoding import Encoder, Tally
-from qtrain.data.loader import Collate, Progress, ResumableLoader, RowLoader
+from qtrain.data.loader import Collate, ResumableLoader, RowLoader
 from qtrain.data.preparation import Split, check_samples, describe, prepare, read_items
+from qtrain.data.progress import Progress, progress_of, settle_epoch
 from qtrain.data.prompts import Prompt, prompt_of
 from qtrain.data.sample import SampleStore
 from qtrain.data.sources import SPLITS, locate_all
@@ -44,6 +45,9 @@ class LanguageData(lightning.LightningDataModule):
         self._encoder = Encoder(tokenizer, section)
         self._splits: dict[str, Split] = {}
         self._stream: RowStream | None = None
+        if section.validation is None:
+            # Lightning validates if this hook is overridden, and warns about a hook that returns no loader.
+            self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
 
     def setup(self, stage: str | None = None) -> None:
         """Read, tokenize and pack the splits of that stage (all of them for None); what is known is not read again."""
@@ -57,8 +61,12 @@ class LanguageData(lightning.LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         """Rows in an order decided by (seed, epoch); resumable in the middle of an epoch."""
+        progress = None
+        if self.trainer and self.trainer.state.fn == TrainerFn.FITTING:
+            settle_epoch(self.trainer, sized=self._stream is None)
+            progress = progress_of(self.trainer)
         if self._stream is None:
-            return self._loader("train", shuffle=self.section.shuffle, progress=self._progress())
+            return self._loader("train", shuffle=self.section.shuffle, progress=progress)
         return StreamLoader(
             self._stream,
             self._collate(packing=self.section.packing),
@@ -67,12 +75,12 @@ class LanguageData(lightning.LightningDataModule):
             workers=self.section.workers,
             rank=self._rank,
             world_size=self._world_size,
-            progress=self._progress(),
+            progress=progress,
         )
 
-    def val_dataloader(self) -> ResumableLoader | list[ResumableLoader]:
-        """The held-out rows in their order; no loader where ``data.validation`` is not set."""
-        return self._loader("validation") if "validation" in self._splits else []
+    def val_dataloader(self) -> ResumableLoader:
+        """The rows of ``data.validation`` in their order."""
+        return self._loader("validation")
 
     def test_dataloader(self) -> ResumableLoader:
         """The rows of ``data.test`` in their order."""
@@ -141,15 +149,3 @@ class LanguageData(lightning.LightningDataModule):
     @property
     def _world_size(self) -> int:
         return self.trainer.world_size if self.trainer else 1
-
-    def _progress(self) -> Progress | None:
-        """Lightning's own counters: they alone know what was trained on, whatever was fetched, limited or rolled over.
-
-        ``processed`` rises before ``on_train_batch_end``, where checkpoints are saved, and is what it restores.
-        """
-        trainer = self.trainer
-        if trainer is None or trainer.state.fn != TrainerFn.FITTING:
-            return None
-        epochs, batches = trainer.fit_loop.epoch_progress, trainer.fit_loop.epoch_loop.batch_progress
-        # Lightning annotates these trackers with a parent class that lacks `processed`.
-        return lambda: (epochs.current.processed, batches.current.processed)  # type: ignore[attr-defined]

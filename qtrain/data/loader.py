@@ -11,11 +11,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from qtrain.data.collate import Batch, Row
+from qtrain.data.progress import Progress
 from qtrain.data.sample import IGNORED, Sample, SampleStore
 from qtrain.errors import CheckpointError
-
-Progress = Callable[[], tuple[int, int]]
-"""The epoch, and how many of its batches have been trained on."""
 
 Collate = Callable[[Sequence[Row]], Batch]
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from datasets.load import load_dataset
-from pyarrow.lib import ArrowInvalid
 
 from qtrain.data.sources import TEXT_SUFFIXES, HubSet, Location
 from qtrain.errors import DataError
@@ -146,7 +145,7 @@ def _read_table(path: Path, start: int) -> Iterator[Record]:
         rows = load_dataset(kind, data_files=str(path), split="train", streaming=True)
         for number, row in enumerate(rows.skip(start) if start else rows, start=start + 1):
             yield Record(row, str(path), number)
-    except (ArrowInvalid, DatasetGenerationError, UnicodeDecodeError) as error:
+    except (ValueError, DatasetGenerationError) as error:
         raise DataError(f"not a readable {kind} file: {error}", where=str(path)) from None
 
 

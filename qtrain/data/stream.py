@@ -19,8 +19,9 @@ from qtrain.data.collate import Batch
 from qtrain.data.contents import Item, read_contents
 from qtrain.data.encoding import Encoder, Tally
 from qtrain.data.formats.record import Document
-from qtrain.data.loader import Collate, Progress, ResumableLoader, without_labels
+from qtrain.data.loader import Collate, ResumableLoader, without_labels
 from qtrain.data.packing import pack
+from qtrain.data.progress import Progress
 from qtrain.data.sample import Sample
 from qtrain.data.sources import Location
 from qtrain.errors import DataError, QtrainError

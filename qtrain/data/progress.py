@@ -1,0 +1,38 @@
+"""Where Lightning stands in the training data, and two of its slips at the end of an epoch put right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import lightning
+
+Progress = Callable[[], tuple[int, int]]
+"""The epoch, and how many of its batches have been trained on."""
+
+
+def progress_of(trainer: lightning.Trainer) -> Progress:
+    """Lightning's own counters: they alone know what was trained on, whatever was fetched ahead or cut by a limit.
+
+    ``processed`` rises before ``on_train_batch_end``, where checkpoints are saved, and is what it restores.
+    """
+    batches = trainer.fit_loop.epoch_loop.batch_progress.current
+    # Lightning annotates the tracker with a parent class that lacks `processed`.
+    return lambda: (trainer.current_epoch, batches.processed)  # type: ignore[attr-defined]
+
+
+def settle_epoch(trainer: lightning.Trainer, *, sized: bool) -> None:
+    """Make the counters of a checkpoint that was saved at the end of an epoch mean what they say (Lightning 2.6.6).
+
+    - Saved in ``on_train_epoch_end`` and resumed under ``max_steps``, the epoch is counted twice.
+    - Saved after the last batch of a loader without length, the epoch after it is passed over.
+
+    Call it when the loops are restored and have not begun to run: from ``train_dataloader``.
+    """
+    epochs, batches = trainer.fit_loop.epoch_progress, trainer.fit_loop.epoch_loop.batch_progress
+    processed: int = epochs.current.processed  # type: ignore[attr-defined]
+    if epochs.current.ready == processed == epochs.current.completed + 1:
+        for tracker in (epochs.current, epochs.total):
+            tracker.completed += 1
+        batches.reset_on_run()
+    if not sized and not isinstance(trainer.limit_train_batches, int):
+        batches.is_last_batch = False
