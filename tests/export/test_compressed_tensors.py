@@ -102,6 +102,8 @@ def expected_error(record: LinearRecord, weight: torch.Tensor, hessian: torch.Te
 
 def test_calibration_lessens_every_layers_error(tmp_path: Path, tiny_model: Build, deploy: Deploy) -> None:
     model = tiny_model()
+    for layer in model.model.layers:
+        layer.input_layernorm.weight.data = torch.logspace(-1, 1, 64)
     deployed, calibration = deploy(model), calibration_of(model)
     read = {}
     for name, given, keys in [
@@ -117,11 +119,14 @@ def test_calibration_lessens_every_layers_error(tmp_path: Path, tiny_model: Buil
     for layer, hessian in calibration.hessians(list(read["plain"])):
         weight = model.get_submodule(layer).weight.detach()
         assert torch.equal(read["weighed"][layer].scale, read["fed"][layer].scale)
-        errors = [expected_error(read[name][layer], weight, hessian) for name in ("weighed", "fed")]
-        assert errors[1] < errors[0]
-        diagonal = torch.diag(hessian.diagonal())
-        plain, weighed = (expected_error(read[name][layer], weight, diagonal) for name in ("plain", "weighed"))
-        assert weighed <= plain * 1.0001
+        assert expected_error(read["fed"][layer], weight, hessian) < expected_error(
+            read["weighed"][layer], weight, hessian
+        )
+        if layer.endswith(("q_proj", "k_proj", "v_proj")):  # the norm before them makes some inputs 100 times others
+            diagonal = torch.diag(hessian.diagonal())
+            assert expected_error(read["weighed"][layer], weight, diagonal) < 0.9 * expected_error(
+                read["plain"][layer], weight, diagonal
+            )
 
 
 def test_a_weight_that_is_not_finite_is_named_and_nothing_is_left(

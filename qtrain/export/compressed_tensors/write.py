@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from qtrain.export.compressed_tensors.config import CompressedTensorsOptions
 from qtrain.export.compressed_tensors.scheme import quantization_config
 from qtrain.export.record import LinearRecord
 from qtrain.export.shards import ShardWriter, parse_size
+from qtrain.export.writer import Progress
 from qtrain.files import atomic_directory
 from qtrain.modules.deployed import DeployedModel, DeployedTensor
 from qtrain.numerics.affine import choose_qparams, largest_divisor, quantize
@@ -29,8 +30,6 @@ from qtrain.numerics.ranges import search_qparams
 from qtrain.numerics.spec import QuantSpec
 from qtrain.ptq.activation_stats import Calibration
 from qtrain.ptq.gptq import gptq_codes
-
-Progress = Callable[[Iterable[DeployedTensor], int], Iterator[DeployedTensor]]
 
 
 def write(
@@ -43,15 +42,10 @@ def write(
     calibration: Calibration | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Write ``directory`` and return what was done, for export.json.
+    """Write ``directory`` and return what was done, for export.json (arguments: ``qtrain.export.writer``).
 
     Layer by layer: a merged weight is computed, quantized, packed and let go; beside the model there is one layer and
     one file of weights in memory.
-
-    Args:
-        facts: what the model card tells about the training (see ``qtrain.export.card``).
-        calibration: the live model and text; without it all inputs weigh alike and codes are the nearest.
-        progress: wraps the loop over tensors, given their number.
 
     Raises:
         ExportError: a weight that is not finite, or nothing to quantize.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,10 @@ from qtrain.export.card import write_card
 from qtrain.export.companions import write_companions
 from qtrain.export.merged.config import MergedOptions
 from qtrain.export.shards import ShardWriter, parse_size
+from qtrain.export.writer import Progress
 from qtrain.files import atomic_directory
-from qtrain.modules.deployed import DeployedModel, DeployedTensor
+from qtrain.modules.deployed import DeployedModel
 from qtrain.ptq.activation_stats import Calibration
-
-Progress = Callable[[Iterable[DeployedTensor], int], Iterator[DeployedTensor]]
 
 
 def write(
