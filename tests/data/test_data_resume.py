@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
 ]
 
-WORDS = "the quick brown fox jumps over a lazy dog and sleeps on what is capital of France Paris hello".split()
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "sleeps", "capital", "of", "France"]
 
 
 class Recorder(lightning.LightningModule):
