@@ -9,7 +9,7 @@ from types import TracebackType
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qtrain.errors import ConfigError
+from qtrain.errors import ConfigError, ExportError
 from qtrain.files import write_json
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -45,7 +45,13 @@ class ShardWriter:
         self.total_bytes = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take one tensor; it must not change until it is written."""
+        """Take one tensor; it must not change until it is written.
+
+        Raises:
+            ExportError: NaN or inf in it.
+        """
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ExportError(f"NaN or inf as {tensor.dtype}", where=name, rule="exported weights are finite")
         size = tensor.numel() * tensor.element_size()
         if self._held and self._held_bytes + size > self._limit:
             self._flush()

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from qtrain.errors import ExportError
 from qtrain.export.compressed_tensors.config import CompressedTensorsOptions
-from qtrain.export.compressed_tensors.write import quantize_linear, write
+from qtrain.export.compressed_tensors.layer import quantize_linear
+from qtrain.export.compressed_tensors.write import write
 from qtrain.export.readback import read_records
 from qtrain.export.record import LinearRecord
 from qtrain.modules.deployed import DeployedModel
@@ -68,6 +69,10 @@ def test_the_group_size_falls_back_where_it_does_not_divide(tmp_path: Path, tiny
     assert result["fallbacks"] == [
         {"in_features": 96, "asked": 64, "used": 32, "layers": 12},
         {"in_features": 200, "asked": 64, "used": -1, "layers": 2},
+    ]
+    assert result["notes"][:2] == [
+        "group_size=64 does not divide 96 inputs: 12 layers have groups of 32",
+        "group_size=64 does not divide 200 inputs: 2 layers have one scale a row",
     ]
     groups = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["config_groups"]
     assert [group["targets"] for group in groups.values()] == [

@@ -36,6 +36,7 @@ def write_adapter(
         result = {
             "format": "adapter",
             "bytes": (temporary / "adapter_model.safetensors").stat().st_size,
+            "notes": [],
             "seconds": round(time.monotonic() - begin, 1),
         }
         write_card(temporary, facts, result)

@@ -9,7 +9,6 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from qtrain.errors import ExportError
 from qtrain.export.card import write_card
 from qtrain.export.companions import write_companions
 from qtrain.export.merged.config import MergedOptions
@@ -42,17 +41,13 @@ def write(
     with atomic_directory(directory) as temporary:
         with ShardWriter(temporary, parse_size(options.max_shard_size)) as shards:
             for tensor in progress(tensors, len(tensors)) if progress else tensors:
-                value = tensor.value().to(model.dtype)
-                if not bool(value.isfinite().all()):
-                    raise ExportError(
-                        f"NaN or inf as {model.dtype}", where=tensor.name, rule="exported weights are finite"
-                    )
-                shards.add(tensor.name, value)
+                shards.add(tensor.name, tensor.value().to(model.dtype))
         write_companions(model, temporary, tokenizer)
-        result = {
+        result: dict[str, Any] = {
             "format": "merged",
             "base": options.base,
             "bytes": shards.total_bytes,
+            "notes": [],
             "dtype": str(model.dtype).removeprefix("torch."),
             "seconds": round(time.monotonic() - begin, 1),
         }
