@@ -14,7 +14,7 @@ SPLITS = ("train", "validation", "test", "predict")
 TEXT_SUFFIXES = (".txt", ".text", ".md")
 SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", *TEXT_SUFFIXES)
 
-_HUB_ID = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:\[(?P<config>[^\]]+)\])?(?::(?P<split>[^:]+))?")
+_HUB_ID = re.compile(r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:\[(?P<config>[^\]]+)\])?(?::(?P<split>.+))?")
 _FILE_LIKE = re.compile(r"\.[A-Za-z]\w*$")
 
 
@@ -102,14 +102,17 @@ def _checked(path: Path) -> Path:
 
 
 def _near(path: Path) -> str:
-    """Near names in the directory, else the nearest directory there is."""
+    """The nearest name in the directory, else the nearest directory there is."""
     parent = path.parent
     if not parent.is_dir():
         while not parent.is_dir():
             parent = parent.parent
         return f"there is no directory {path.parent}; the nearest that exists is {parent.resolve()}"
     names = [entry.name for entry in parent.iterdir() if not entry.name.startswith(".")]
-    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.6)
+    stems = {name.partition(".")[0]: name for name in names}
+    near = difflib.get_close_matches(path.name, names, n=1) or [
+        stems[stem] for stem in difflib.get_close_matches(path.stem, stems, n=1)
+    ]
     if near:
-        return "did you mean " + " or ".join(str(parent / name) for name in near) + "?"
+        return f"did you mean {parent / near[0]}?"
     return f"a file in {parent.resolve()}, or a hub id: name, name:split, name[config]:split"
