@@ -91,13 +91,13 @@ def flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
 def headlines(run: RunFiles) -> list[Headline]:
     """The figures one asks for first, as far as the run has them."""
     found = []
-    if loss := run.metrics.get("val/loss"):
-        first, last = loss[0][1], loss[-1][1]
-        change = f"from {readable(first)}, {(last - first) / first:+.1%}".replace("-", "−") if len(loss) > 1 else ""
+    first, last = _ends(run, "loss")
+    if last is not None:
+        change = f"from {readable(first)}, {(last - first) / first:+.1%}".replace("-", "−") if first else ""
         found.append(Headline("held-out loss", readable(last), change))
-    if ppl := run.metrics.get("val/perplexity"):
-        note = f"from {readable(ppl[0][1])}" if len(ppl) > 1 else ""
-        found.append(Headline("held-out perplexity", readable(ppl[-1][1]), note))
+    first, last = _ends(run, "perplexity")
+    if last is not None:
+        found.append(Headline("held-out perplexity", readable(last), f"from {readable(first)}" if first else ""))
     if rates := run.metrics.get("throughput/tokens_per_second"):
         found.append(
             Headline(
@@ -111,3 +111,10 @@ def headlines(run: RunFiles) -> list[Headline]:
         name, export = min(drifted.items(), key=lambda pair: pair[1]["top1"])
         found.append(Headline("exported, same top token", f"{export['top1']:.1%}", name))
     return found
+
+
+def _ends(run: RunFiles, figure: str) -> tuple[float | None, float | None]:
+    """The held-out figure before and after training: of fit.json, which measures both, else of the curve's ends."""
+    curve = [value for _, value in run.metrics.get(f"val/{figure}", [])]
+    first, last = curve[0] if len(curve) > 1 else None, curve[-1] if curve else None
+    return run.fit.get(f"val_{figure}_before", first), run.fit.get(f"val_{figure}_after", last)

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qtrain.errors import DataError, ModelError
@@ -39,7 +41,7 @@ def sharp_llama(tiny_llama: LlamaForCausalLM) -> LlamaForCausalLM:
         for parameter in tiny_llama.parameters():
             if parameter.dim() == 2:
                 parameter.mul_(8)
-    return tiny_llama.eval()
+    return tiny_llama
 
 
 def test_greedy_is_the_argmax_loop_whatever_the_batch(
@@ -162,3 +164,18 @@ def test_a_tokenizer_without_padding_serves(
 def test_nothing_to_do_gives_nothing(tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     none: list[Generation] = []
     assert generate(tiny_llama, tiny_tokenizer, [], section()) == none
+
+
+def test_adapters_of_peft_take_part(sharp_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    plain = generate(sharp_llama, tiny_tokenizer, PROMPTS, section())
+    # PEFT asks the model for a name that transformers 5.23 renames.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        model = get_peft_model(sharp_llama, LoraConfig(r=4, target_modules="all-linear"))
+    model.base_model.model.generation_config.update(do_sample=True, temperature=9.0)
+    assert generate(model, tiny_tokenizer, PROMPTS, section()) == plain
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(0))
+    assert generate(model, tiny_tokenizer, PROMPTS, section()) != plain

@@ -81,3 +81,9 @@ def test_headlines_tell_the_change_and_the_export_that_drifts_most() -> None:
         ("93.0%", "compressed-tensors"),
     ]
     assert headlines(RunFiles("run", "", {}, {}, {}, [], {})) == []
+
+
+def test_the_fits_own_figures_come_before_the_curves() -> None:
+    fit = {"val_loss_before": 4.0, "val_loss_after": 2.0}
+    run = RunFiles("run", "", {"val/loss": [(5, 3.0), (10, 2.1)]}, fit, {}, [], {})
+    assert [(line.value, line.note) for line in headlines(run)] == [("2", "from 4, −50.0%")]
