@@ -85,9 +85,11 @@ def _means(
         for name in names:
             handles.append(_module(model, name).register_forward_pre_hook(observe(name)))
         with _inference(model):
+            # The decoder alone: logits of 4 x 512 tokens over 49k words would be 0.4 GB and a fifth of the time.
+            decoder = getattr(model, "base_model", model)
             device = next(model.parameters()).device
             for ids in rows:
-                model(input_ids=ids.to(device), use_cache=False)
+                decoder(input_ids=ids.to(device), use_cache=False)
                 latest.clear()
     finally:
         for handle in handles:
