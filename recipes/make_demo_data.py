@@ -165,15 +165,12 @@ def scale_of_group(random: Random) -> Turns:
 def bits_a_weight(random: Random) -> Turns:
     """The storage of a weight with its share of the group's scale."""
     bits, group, extra = random.choice((2, 3, 4, 8)), random.choice((16, 32, 64, 128, 256)), random.choice((8, 16))
-    total = number(bits + Fraction(extra, group), 4)
+    total = bits + Fraction(extra, group)
     forms = (
         f"Bits a weight for int{bits}, groups of {group}, {extra}-bit scales?",
         f"What does int{bits} cost with {extra}-bit scales, group size {group}?",
     )
-    return [
-        random.choice(forms),
-        f"**{total} bits**\n{bits} + {extra} ÷ {group} {equals(bits + Fraction(extra, group), 4)}",
-    ]
+    return [random.choice(forms), f"**{number(total, 4)} bits**\n{bits} + {extra} ÷ {group} {equals(total, 4)}"]
 
 
 def size_of_model(random: Random) -> Turns:
