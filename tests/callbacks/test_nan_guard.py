@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -174,3 +175,19 @@ def test_manual_optimization_is_guarded_too() -> None:
         model.layers[0].weight.fill_(torch.nan)
     with pytest.raises(ModelError, match="the loss is nan at step 0 .*cannot be run again"):
         fit(model)
+
+
+def test_gradients_are_left_to_an_fp16_scaler() -> None:
+    """It skips steps that overflow and lowers its scale: an infinite gradient is its ordinary signal."""
+    model = Regression(four())
+    optimizer = model.configure_optimizers()
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, torch.inf)
+    guard = NanGuard()
+    trainer: Any = SimpleNamespace(
+        precision_plugin=SimpleNamespace(scaler=object()), global_step=0, current_epoch=0, loggers=[]
+    )
+    guard.on_before_optimizer_step(trainer, model, optimizer)
+    trainer.precision_plugin.scaler = None
+    with pytest.raises(ModelError, match="2 of 2 gradients"):
+        guard.on_before_optimizer_step(trainer, model, optimizer)
