@@ -45,6 +45,12 @@ class RowStream:
         self._locations, self._encoder, self._split = locations, encoder, split
         self._shuffle, self._seed = shuffle, seed
 
+    @property
+    def identity(self) -> dict[str, int]:
+        """What decides the rows, apart from the data itself, which is not read whole."""
+        section = self._encoder.section
+        return {"shuffle": int(self._shuffle), "packing": int(section.packing), "max_length": section.max_length}
+
     def rows(self, epoch: int, cursor: Cursor = (0, 0, 0)) -> Iterator[tuple[list[Sample], Cursor]]:
         """Rows from ``cursor`` on, each with the cursor of the row after it."""
         source, record, skip = cursor
@@ -105,7 +111,7 @@ class StreamLoader(ResumableLoader):
         world_size: int = 1,
         progress: Progress | None = None,
     ) -> None:
-        super().__init__({"seed": seed, "batch_size": batch_size, "ranks": world_size}, progress)
+        super().__init__({**stream.identity, "seed": seed, "batch_size": batch_size, "ranks": world_size}, progress)
         self._stream, self._collate, self._batch_size, self._seed = stream, collate, batch_size, seed
         self._workers, self._rank, self._world_size = workers, rank, world_size
         self._cursors: dict[tuple[int, int], Cursor] = {}

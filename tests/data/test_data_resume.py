@@ -71,7 +71,7 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("chats") / "train.jsonl"
     draw = random.Random(0)
     with path.open("w") as file:
-        for number in range(22):
+        for number in range(14):
             answer = " ".join(draw.choices(WORDS, k=draw.randint(2, 20)))
             file.write(json.dumps({"prompt": f"{number}?", "completion": answer}) + "\n")
     return path
@@ -89,6 +89,8 @@ def fit(
         logger=False,
         callbacks=[saver],
         enable_checkpointing=False,
+        num_sanity_val_steps=1,
+        limit_val_batches=1,
         enable_progress_bar=False,
         enable_model_summary=False,
         **trainer_options,
@@ -98,7 +100,7 @@ def fit(
     return model, saver.paths
 
 
-@pytest.mark.parametrize("limit", [{"max_epochs": 3}, {"max_steps": 16}, {"max_epochs": 3, "limit_train_batches": 4}])
+@pytest.mark.parametrize("limit", [{"max_epochs": 2}, {"max_steps": 9}, {"max_epochs": 2, "limit_train_batches": 3}])
 @pytest.mark.parametrize("streaming,accumulate", [(False, 1), (False, 2), (True, 1), (True, 2)])
 def test_resume_from_every_checkpoint(
     chats: Path,
@@ -109,7 +111,7 @@ def test_resume_from_every_checkpoint(
     limit: dict[str, int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("qtrain.data.stream.BLOCK_RECORDS", 10)
+    monkeypatch.setattr("qtrain.data.stream.BLOCK_RECORDS", 5)
     options = {"streaming": streaming, "accumulate_grad_batches": accumulate, **limit}
     straight, checkpoints = fit(chats, tiny_tokenizer, tmp_path / "straight", **options)
     assert any(path.name.startswith("epoch1") for path in checkpoints)
@@ -127,9 +129,9 @@ def test_resume_with_workers(
     straight, checkpoints = fit(chats, tiny_tokenizer, tmp_path / "0", streaming=streaming, max_epochs=2)
     worked, _ = fit(chats, tiny_tokenizer, tmp_path / "2", streaming=streaming, max_epochs=2, workers=2)
     assert worked.seen == straight.seen
-    middle = next(path for path in checkpoints if path.name == "step3.ckpt")
+    middle = next(path for path in checkpoints if path.name == "step2.ckpt")
     resumed, _ = fit(chats, tiny_tokenizer, tmp_path / "3", middle, streaming=streaming, max_epochs=2, workers=2)
-    assert resumed.seen == straight.seen[3:]
+    assert resumed.seen == straight.seen[2:]
 
 
 def test_epochs_differ_and_seed_decides(chats: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -166,11 +168,11 @@ def test_loader_resumes_without_lightning(
     other = loader()
     ids(other)
     iterator = iter(other)
-    for _ in range(4):
+    for _ in range(2):
         next(iterator)
     third = loader()
     third.load_state_dict(json.loads(json.dumps(other.state_dict())))
-    assert ids(third) == expected[len(expected) // 2 + 4 :]
+    assert ids(third) == expected[len(expected) // 2 + 2 :]
 
 
 def test_other_data_is_refused(chats: Path, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
