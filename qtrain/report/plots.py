@@ -61,6 +61,9 @@ def curves(
     if zero:
         axes.set_ylim(bottom=0, top=max(value for line in lines for _, value in line.points) * 1.15 or 1)
     axes.set_xlabel("optimizer step", loc="right")
+    steps = [step for line in lines for step, _ in line.points]
+    if len(set(steps)) == 1:
+        axes.set_xlim(steps[0] - 1, steps[0] + 1)  # there are no fractions of a step
     return _finish(figure, axes, unit, name)
 
 

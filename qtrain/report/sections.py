@@ -96,13 +96,13 @@ def loss_plot(run: RunFiles) -> Plot | None:
 def small_plots(run: RunFiles) -> list[Plot]:
     """Learning rate, speed and memory."""
     wanted = [
-        ("Learning rate", "train/lr", "", False),
-        ("Speed", "throughput/tokens_per_second", "tokens a second, without padding", True),
-        ("Peak memory", "throughput/peak_gib", "GiB", True),
+        ("Learning rate", "train/lr", ""),
+        ("Speed", "throughput/tokens_per_second", "tokens a second, without padding"),
+        ("Peak memory", "throughput/peak_gib", "GiB"),
     ]
     return [
-        Plot(title, curves(title.lower(), unit, [Curve(run.metrics[name])], zero=zero))
-        for title, name, unit, zero in wanted
+        Plot(title, curves(title.lower(), unit, [Curve(run.metrics[name])], zero=True))
+        for title, name, unit in wanted
         if run.metrics.get(name)
     ]
 

@@ -38,6 +38,11 @@ def test_any_finite_series_is_drawn(values: list[float], zero: bool) -> None:
     assert "unit" in texts(svg)
 
 
+def test_one_point_stands_at_a_whole_step() -> None:
+    drawn = texts(curves("loss", "", [Curve([(3, 2.0)])], zero=True))
+    assert {"2", "3", "4", "0.0"} <= set(drawn)
+
+
 def test_bars_for_each_bin() -> None:
     svg = histogram("lengths", [0, 10, 20, 30], [5, 0, 7])
     assert svg.count("var(--train)") == 3
