@@ -9,8 +9,9 @@ from qtrain.errors import ModelError
 from qtrain.numerics.affine import QParams, choose_qparams, grouped, round_scale
 from qtrain.numerics.spec import QuantSpec
 
-CHUNK_ELEMENTS = {"cpu": 2**17, "cuda": 2**25}
-"""Weights tried at a time: two fp32 buffers of that size fit a CPU's second-level cache."""
+CHUNK_ELEMENTS = 2**20
+"""Weights tried at a time, for bounded memory. Smaller chunks fit a cache but wait for threads: on two cores shared
+with other work 2^17 took ten times as long as alone."""
 
 
 def search_qparams(
@@ -44,7 +45,7 @@ def search_qparams(
         _check(importance, x)
     start = choose_qparams(x, spec).scale
     chosen = torch.empty_like(start)
-    rows = max(1, CHUNK_ELEMENTS.get(x.device.type, 2**17) // x.shape[1])
+    rows = max(1, CHUNK_ELEMENTS // x.shape[1])
     weights = None if importance is None else grouped(importance.to(x.device).unsqueeze(0), spec)
     for first in range(0, x.shape[0], rows):
         part = slice(first, first + rows)
