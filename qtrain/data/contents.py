@@ -38,7 +38,7 @@ def read_contents(
         for record in read(location, split=split, whole=whole, start=start):
             yield Item(Document(record.fields["text"], ends=record.fields["ends"]), record.where)
         return
-    yield from _in_format(read(location, split=split, start=start), section)
+    yield from _in_format(read(location, split=split, whole=whole, start=start), section)
 
 
 def _in_format(records: Iterable[Record], section: DataSection) -> Iterator[Item]:

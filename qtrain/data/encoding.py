@@ -18,7 +18,7 @@ from qtrain.data.formats.record import Conversation, Document
 from qtrain.data.sample import IGNORED, Sample
 from qtrain.data.spans import SpanFinder
 from qtrain.data.template import ChatTemplate, choose_template
-from qtrain.errors import DataError
+from qtrain.errors import DataError, ModelError
 
 T = TypeVar("T")
 Encoded = tuple[list[int], NDArray[np.bool_]]
@@ -42,9 +42,16 @@ class Encoder:
 
     Args:
         keep_masked: keep samples that carry no loss, as prediction does.
+
+    Errors: ModelError for a slow tokenizer.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, section: DataSection, *, keep_masked: bool = False) -> None:
+        if not tokenizer.is_fast:
+            raise ModelError(
+                f"{type(tokenizer).__name__} does not tell which characters a token stands for",
+                rule="masks of assistant turns need a fast tokenizer (tokenizer.json)",
+            )
         self.tokenizer, self.section, self._keep_masked = tokenizer, section, keep_masked
 
     @cached_property

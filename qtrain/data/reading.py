@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset, IterableDataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from datasets.load import load_dataset
 
@@ -44,12 +45,13 @@ def read(location: Location, *, split: str, whole: bool = True, start: int = 0) 
 
     Args:
         split: which split a hub id without one means.
-        whole: plain text is one record; otherwise it comes in pieces of about a mebibyte that end at a line's end.
+        whole: plain text is one record, and a hub id is fetched into the cache of ``datasets``. Otherwise text comes in
+            pieces of about a mebibyte that end at a line's end, and a hub id is streamed.
 
     Errors: DataError with file, line and sample for JSON that does not parse; for sources that cannot be opened.
     """
     if isinstance(location, HubSet):
-        records = _read_hub(location, split, start)
+        records = _read_hub(location, split, start, streaming=not whole)
         start = 0
     elif location.suffix.lower() in TEXT_SUFFIXES:
         records = _read_text(location, whole)
@@ -149,10 +151,13 @@ def _read_table(path: Path, start: int) -> Iterator[Record]:
         raise DataError(f"not a readable {kind} file: {error}", where=str(path)) from None
 
 
-def _read_hub(hub: HubSet, split: str, start: int) -> Iterator[Record]:
+def _read_hub(hub: HubSet, split: str, start: int, *, streaming: bool) -> Iterator[Record]:
     wanted = hub.split or ("test" if split == "predict" else split)
     try:
-        rows = load_dataset(hub.name, hub.config, split=wanted, streaming=True)
+        if streaming:  # load_dataset is typed by the literal value.
+            rows: Dataset | IterableDataset = load_dataset(hub.name, hub.config, split=wanted, streaming=True)
+        else:
+            rows = load_dataset(hub.name, hub.config, split=wanted, streaming=False)
         for number, row in enumerate(rows.skip(start) if start else rows, start=start + 1):
             yield Record(row, f"{hub.name}[{wanted}]", number)
     except (DatasetNotFoundError, ConnectionError, OSError, ValueError) as error:

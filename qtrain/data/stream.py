@@ -35,7 +35,7 @@ Cursor = tuple[int, int, int]
 
 
 class RowStream:
-    """Rows of an endless-looking source in the order of one epoch.
+    """Rows of sources of any size in the order of one epoch, which is shuffled within each block.
 
     Args:
         split: of hub ids that name none.

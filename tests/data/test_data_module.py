@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from qtrain.data.config import DataSection
 from qtrain.data.datamodule import LanguageData
-from qtrain.errors import DataError
+from qtrain.errors import DataError, ModelError
 
 
 def write(path: Path, *records: object) -> str:
@@ -160,6 +160,12 @@ def test_summary(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Non
     lines = data.summary.lines()
     assert any(line.startswith("train       rows") for line in lines)
     assert all("\n" not in line for line in lines)
+
+
+def test_slow_tokenizer_is_refused(tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PreTrainedTokenizerFast, "is_fast", False)
+    with pytest.raises(ModelError, match="need a fast tokenizer"):
+        LanguageData(DataSection(), tiny_tokenizer)
 
 
 def test_setup_reads_each_split_once(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

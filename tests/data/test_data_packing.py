@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -36,6 +37,14 @@ def test_no_two_rows_fit_into_one(lengths: list[int]) -> None:
 
 def test_best_fit_takes_the_fullest_row_that_holds() -> None:
     assert pack([50, 40, 14, 24], 64) == [[0, 2], [1, 3]]
+
+
+@pytest.mark.parametrize("capacity", [512, 2048])
+def test_rows_of_instruction_data_are_full(capacity: int) -> None:
+    """Lengths as those of Alpaca under a chat template: median 162, nine tenths below 409."""
+    draw = np.random.default_rng(0)
+    lengths = [int(length) for length in np.clip(draw.lognormal(np.log(162), 0.72, 999), 47, min(capacity, 750))]
+    assert sum(lengths) / (capacity * len(pack(lengths, capacity))) >= 0.95
 
 
 def test_full_rows_keep_their_order() -> None:

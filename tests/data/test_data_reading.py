@@ -199,7 +199,7 @@ def test_hub_ids_go_through_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qtrain.data.reading.load_dataset", load_dataset)
     texts = [record.fields["text"] for record in read(HubSet("org/name", "main"), split="train", start=2)]
     assert texts == ["2", "3", "4"]
-    assert [record.number for record in read(HubSet("x", None, "test[:3]"), split="train", start=4)] == [5]
-    assert asked == [("org/name", "main", "train", True), ("x", None, "test[:3]", True)]
+    assert [record.number for record in read(HubSet("x", None, "test[:3]"), split="train", whole=False, start=4)] == [5]
+    assert asked == [("org/name", "main", "train", False), ("x", None, "test[:3]", True)]
     with pytest.raises(DataError, match=r"x:none: the hub id cannot be read: Unknown split"):
         list(read(HubSet("x", None, "none"), split="train"))
