@@ -10,8 +10,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, IterableDataset
+from datasets.arrow_dataset import Dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.iterable_dataset import IterableDataset
 from datasets.load import load_dataset
 
 from qtrain.data.sources import TEXT_SUFFIXES, HubSet, Location
