@@ -22,3 +22,4 @@ class GenerateSection(Section):
     top_p: float = Field(1.0, gt=0, le=1, description="sample within this share of the probability")
     repetition_penalty: float = Field(1.0, gt=0, description="above 1 makes tokens seen before less likely")
     seed: int = Field(0, ge=0, description="of the sampling")
+    beside: str | None = Field(None, description="a second model (as model.path) whose answers stand beside")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,9 +52,22 @@ def generate(
         DataError: a prompt has no token.
     """
     encoded = [_encode(tokenizer, prompt, section.chat) for prompt in prompts]
+    answers = generate_ids(model, tokenizer, encoded, section, batch_size=batch_size)
+    return [replace(answer, prompt=prompt) for answer, prompt in zip(answers, prompts, strict=True)]
+
+
+def generate_ids(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: Sequence[list[int]],
+    section: GenerateSection,
+    *,
+    batch_size: int = 16,
+) -> list[Generation]:
+    """The same for prompts that are token ids already; ``Generation.prompt`` is their text."""
     # The penalty also counts the padding's token, which for many models is the one that ends a text: alone, no padding.
     size = 1 if section.repetition_penalty != 1 else batch_size
-    batches = [range(begin, min(begin + size, len(prompts))) for begin in range(0, len(prompts), size)]
+    batches = [range(begin, min(begin + size, len(encoded))) for begin in range(0, len(encoded), size)]
     ends = _ending_tokens(model, tokenizer)
     config = decoding(section, ends, _padding_token(tokenizer, ends))
     generations = []
@@ -65,7 +78,8 @@ def generate(
             for i, new in zip(batch, output[:, ids.shape[1] :].tolist(), strict=True):
                 end = next((at for at, token in enumerate(new) if token in ends), None)
                 text = tokenizer.decode(new[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-                generations.append(Generation(prompts[i], str(text), new[:end], end is not None))
+                prompt = str(tokenizer.decode(encoded[i]))
+                generations.append(Generation(prompt, str(text), new[:end], end is not None))
     return generations
 
 

@@ -1,0 +1,116 @@
+"""Checkpoints of what trains, never of the frozen base, from which a run goes on bit-exactly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from qtrain.errors import CheckpointError
+from qtrain.training.random_state import random_state, set_random_state
+
+KEY = "qtrain"
+
+
+class TrainableCheckpoint(ModelCheckpoint):
+    """A ModelCheckpoint that keeps trainable parameters, optimizer, schedule, data position and random states.
+
+    Plain data only: files load with ``weights_only=True``. The last ``keep`` checkpoints stay. The base is not
+    written; its fingerprint is, and loading over another base is refused.
+
+    Args:
+        dirpath: where to.
+        every_n_train_steps: optimizer steps between two; 0 is the end of each epoch.
+        keep: checkpoints that stay on disk.
+        fingerprint: which base this is; default: the module's ``base_fingerprint`` if it has one.
+    """
+
+    def __init__(
+        self, dirpath: str, *, every_n_train_steps: int = 0, keep: int = 2, fingerprint: str | None = None
+    ) -> None:
+        super().__init__(
+            dirpath=dirpath,
+            filename="step-{step:06d}",
+            auto_insert_metric_name=False,
+            monitor="step",  # the last ones stay, whatever the loss
+            mode="max",
+            save_top_k=keep,
+            every_n_train_steps=every_n_train_steps or None,
+            save_on_train_epoch_end=None if every_n_train_steps else True,
+            enable_version_counter=False,
+        )
+        self.fingerprint = fingerprint
+        self._random_state: dict[str, Any] | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let Lightning accept a state without the base; what must be there is checked here."""
+        super().setup(trainer, pl_module, stage)
+        pl_module.strict_loading = False
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Drop what is frozen; add the random states and the base's fingerprint."""
+        trained = {name for name, parameter in pl_module.named_parameters() if parameter.requires_grad}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        checkpoint[KEY] = {"fingerprint": self._fingerprint(pl_module), "random_state": random_state()}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Compare names, shapes and the base; Lightning itself ignores what does not fit, silently."""
+        own = checkpoint.get(KEY)
+        where = str(getattr(trainer, "ckpt_path", None) or "checkpoint")
+        if own is None:
+            raise CheckpointError(
+                "this checkpoint was not written by TrainableCheckpoint: it has no random states and no fingerprint",
+                where=where,
+                fix="resume from one that was, or load its weights yourself",
+            )
+        here = self._fingerprint(pl_module)
+        if here is not None and own["fingerprint"] not in (None, here):
+            raise CheckpointError(
+                f"it was trained on another base (fingerprint {own['fingerprint']}, this one is {here})",
+                where=where,
+                fix="set model.path (and model.revision) to the base of that run",
+            )
+        saved = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
+        wanted = {name: tuple(p.shape) for name, p in pl_module.named_parameters() if p.requires_grad}
+        if saved != wanted:
+            name = sorted(set(saved.items()) ^ set(wanted.items()))[0][0]
+            raise CheckpointError(
+                f"{name} is {saved.get(name, 'absent')} in the checkpoint and {wanted.get(name, 'absent')} here",
+                where=where,
+                rule="what trains must be what was saved",
+                fix="resume with the method.* keys of the first run",
+            )
+        self._random_state = own["random_state"]
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Put the random states back as late as can be: setting up loaders and models has drawn from them."""
+        if self._random_state is not None:
+            set_random_state(self._random_state)
+            self._random_state = None
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the last step too."""
+        if self._last_global_step_saved != trainer.global_step and not trainer.fast_dev_run:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def _fingerprint(self, pl_module: LightningModule) -> str | None:
+        return self.fingerprint or getattr(pl_module, "base_fingerprint", None)
+
+
+def read_checkpoint(path: str) -> dict[str, Any]:
+    """The content of a checkpoint, plain data alone.
+
+    Raises:
+        CheckpointError: it is damaged, or holds objects that only pickle can make.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError("no such checkpoint", where=path) from None
+    except Exception as error:  # torch.load raises anything from EOFError to UnpicklingError on a damaged file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"cannot be read: {reason}", where=path, fix="resume from the one before it") from None
+    assert isinstance(content, dict)
+    return content

@@ -1,0 +1,180 @@
+"""A recipe and `key=value` overrides become one checked Config."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import TypeAdapter, ValidationError
+
+from qtrain.config.problems import problems, shown
+from qtrain.config.schema import Config
+from qtrain.config.trainer_args import OWNED, argument_type, trainer_arguments
+from qtrain.errors import ConfigError, ErrorList, QtrainError
+from qtrain.export.config import FORMATS, ExportSection
+from qtrain.files import write_text
+from qtrain.methods.config import METHODS, MethodSection
+from qtrain.registry import Registry, did_you_mean
+from qtrain.section import Section
+
+S = TypeVar("S", bound=Section)
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with qtrain."""
+    return sorted(file.name.removesuffix(".yaml") for file in files("qtrain.recipes").iterdir() if file.name.endswith(".yaml"))
+
+
+def load_recipe(recipe: str | Path | None = None, *overrides: str) -> Config:
+    """Compose a config: defaults, then the recipe, then the overrides.
+
+    Args:
+        recipe: name of a shipped recipe, or path of a YAML file (a run's ``config.yaml`` too).
+        overrides: ``section.key=value``, the value in YAML: ``data.train=[a.jsonl,b.jsonl]``.
+
+    Raises:
+        ErrorList: every mistake there is, at once.
+    """
+    chosen = read_recipe(recipe) if recipe is not None else OmegaConf.create()
+    given = parse_overrides(overrides)
+    try:
+        merged = OmegaConf.merge(_without_foreign_keys(chosen, given), given)
+        content = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).splitlines()[0], where=str(recipe or "overrides")) from None
+    assert isinstance(content, dict)
+    content = {str(key): value for key, value in content.items()}
+    if recipe is not None:
+        content.setdefault("recipe", str(recipe))
+    return check(content)
+
+
+def check(content: dict[str, Any]) -> Config:
+    """A Config from plain nested content; every mistake is collected before any is raised."""
+    errors: list[QtrainError] = []
+    known = Config.model_fields
+    for key in content.keys() - known.keys():
+        errors.append(ConfigError(f"{key!r} is no section", fix=did_you_mean(key, known)))
+    classes: dict[str, type[Section]] = {
+        name: info.annotation
+        for name, info in known.items()
+        if isinstance(info.annotation, type) and issubclass(info.annotation, Section)
+    }
+    for name, registry, key in (("method", METHODS, "name"), ("export", FORMATS, "format")):
+        try:
+            classes[name] = _registered(content.get(name), registry, key, classes[name])
+        except ConfigError as error:
+            errors.append(error)
+            del classes[name]
+    sections: dict[str, Section] = {}
+    for name, cls in classes.items():
+        values = content.get(name) or {}
+        if not isinstance(values, dict):
+            errors.append(ConfigError(f"{name}={values!r} is a section", fix=f"set its keys: {name}.KEY=VALUE"))
+            continue
+        try:
+            sections[name] = cls.model_validate(values)
+        except ValidationError as error:
+            errors.extend(problems(name, cls, error))
+    trainer = content.get("trainer") or {}
+    errors.extend(_trainer_problems(trainer))
+    if errors:
+        raise ErrorList(errors)
+    return Config(recipe=content.get("recipe"), trainer=trainer, **sections)  # type: ignore[arg-type]
+
+
+def parse_overrides(overrides: tuple[str, ...] | list[str]) -> DictConfig:
+    """``key=value`` words as one nested config."""
+    given = OmegaConf.create()
+    for word in overrides:
+        key, sign, value = word.partition("=")
+        if not sign or not key:
+            raise ConfigError(f"{word!r} is no override", rule="key=value", fix="qtrain fit --help lists the keys")
+        try:
+            OmegaConf.update(given, key, _value(value), force_add=True)
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            raise ConfigError(f"{word!r}: {str(error).splitlines()[0]}", rule="key=value, the value in YAML") from None
+    return given
+
+
+def _value(text: str) -> Any:
+    # OmegaConf's own loader reads 2e-4 as a number, which plain YAML 1.1 takes for text.
+    parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
+    assert isinstance(parsed, dict)
+    return parsed["value"]
+
+
+def read_recipe(recipe: str | Path) -> DictConfig:
+    """The content of a recipe, by name or path."""
+    name = str(recipe)
+    if name in recipe_names():
+        path = files("qtrain.recipes") / f"{name}.yaml"
+    elif name.endswith((".yaml", ".yml")) or "/" in name:
+        if not Path(name).is_file():
+            raise ConfigError(f"recipe={name} is no file", fix="qtrain recipes lists the recipes that come with qtrain")
+        path = Path(name)
+    else:
+        raise ConfigError(f"recipe={name} is unknown", fix=did_you_mean(name, recipe_names()))
+    try:
+        content = OmegaConf.create(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException, OSError) as error:
+        raise ConfigError(" ".join(str(error).split()), where=name, rule="a recipe is a YAML mapping") from None
+    if not isinstance(content, DictConfig):
+        raise ConfigError("no mapping", where=name, rule="a recipe is a YAML mapping of sections")
+    return content
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved config, so that ``qtrain fit recipe=PATH`` repeats the run (and never overwrites it)."""
+    content = config.model_dump(mode="json")
+    content["run"] |= {"resume": False, "overwrite": False}
+    write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+
+def _registered(values: Any, registry: Registry[Any], key: str, section: type[Section]) -> type[Section]:
+    name = values.get(key) if isinstance(values, dict) else None
+    if name is None:
+        name = section.model_fields[key].default
+    if name not in registry.names():
+        raise ConfigError(
+            f"{registry.kind.split()[0]}.{key}={name} is unknown", fix=did_you_mean(str(name), registry.names())
+        )
+    cls: type[Section] = registry.get(name)
+    return cls
+
+
+def _without_foreign_keys(recipe: DictConfig, given: DictConfig) -> DictConfig:
+    """The recipe less the keys of a method or format that an override puts aside."""
+    kept = OmegaConf.to_container(recipe)
+    assert isinstance(kept, dict)
+    registries: tuple[tuple[str, Registry[type[MethodSection]] | Registry[type[ExportSection]], str], ...]
+    registries = (("method", METHODS, "name"), ("export", FORMATS, "format"))
+    for section, registry, key in registries:
+        old, new = OmegaConf.select(recipe, f"{section}.{key}"), OmegaConf.select(given, f"{section}.{key}")
+        if old and new and old != new and new in registry.names():
+            fields = registry.get(new).model_fields
+            kept[section] = {name: value for name, value in kept[section].items() if name in fields}
+    return OmegaConf.create(kept)
+
+
+def _trainer_problems(trainer: Any) -> list[ConfigError]:
+    if not isinstance(trainer, dict):
+        return [ConfigError(f"trainer={trainer!r} is a section", fix="set its keys: trainer.max_steps=100")]
+    arguments, found = trainer_arguments(), []
+    for name, value in trainer.items():
+        if name not in arguments:
+            hint = did_you_mean(str(name), arguments.keys() - OWNED.keys())
+            found.append(ConfigError(f"trainer.{name} is no argument of lightning.Trainer", fix=hint))
+        elif name in OWNED:
+            found.append(ConfigError(f"trainer.{name} is decided elsewhere", fix=OWNED[name]))
+        else:
+            try:
+                TypeAdapter(argument_type(arguments[name])).validate_python(value)
+            except ValidationError:
+                rule = f"{name}: {arguments[name]}, an argument of lightning.Trainer"
+                found.append(ConfigError(f"trainer.{name}={shown(value)} does not fit", rule=rule))
+    return found

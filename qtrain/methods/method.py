@@ -1,0 +1,78 @@
+"""What every method does: swap layers, say what trains, save it, and describe what is deployed."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from qtrain.methods.config import METHODS, MethodSection
+from qtrain.modules.deployed import DeployedModel
+from qtrain.registry import resolve
+
+O = TypeVar("O", bound=MethodSection)
+Progress = Callable[[Iterator[Any], int], Iterator[Any]]
+
+
+class Method(ABC, Generic[O]):
+    """A way to train a quantized model.
+
+    Args:
+        options: the ``method.*`` section.
+    """
+
+    def __init__(self, options: O) -> None:
+        self.options = options
+
+    @abstractmethod
+    def prepare(
+        self,
+        model: PreTrainedModel,
+        *,
+        compute_dtype: torch.dtype,
+        device: torch.device,
+        progress: Progress | None = None,
+    ) -> nn.Module:
+        """Swap layers of ``model`` and freeze what does not train; the result lies on ``device``."""
+
+    @abstractmethod
+    def parameter_groups(self, model: nn.Module, lr: float) -> list[dict[str, Any]]:
+        """Groups for the optimizer: every trained parameter once."""
+
+    @abstractmethod
+    def save(self, model: nn.Module, directory: Path) -> None:
+        """Write what was trained, in the layout of the field's own tool."""
+
+    @abstractmethod
+    def restore(self, model: nn.Module, directory: Path) -> None:
+        """Read what ``save`` wrote into a prepared model."""
+
+    @abstractmethod
+    def plain_model(self, model: nn.Module) -> PreTrainedModel:
+        """The transformers model inside: its decoder and head compute the loss."""
+
+    @abstractmethod
+    def deployed(self, model: nn.Module, *, dtype: torch.dtype, base: Iterable[tuple[str, torch.Tensor]] | None) -> DeployedModel:
+        """The trained model as a plain checkpoint.
+
+        Args:
+            dtype: of the tensors that stay unquantized.
+            base: merge into these (name, weight) pairs instead of the base that was trained on.
+        """
+
+    def lines(self, model: nn.Module) -> list[str]:
+        """What was done, a fact a line, for the terminal."""
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        return [f"trained     {trained:,} parameters"]
+
+
+def build_method(options: MethodSection) -> Method[Any]:
+    """The method that ``method.name`` names."""
+    METHODS.get(options.name)
+    method: Method[Any] = resolve(options.implementation)(options)
+    return method

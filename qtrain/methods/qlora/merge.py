@@ -1,0 +1,33 @@
+"""Base and adapter as one weight."""
+
+from __future__ import annotations
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.dora import DoraLinearLayer
+from torch import nn
+
+from qtrain.modules.frozen_linear import dense_weight
+
+
+def merged_weight(layer: nn.Module, base: torch.Tensor | None = None) -> torch.Tensor:
+    """W + (lora_alpha / r) B A [out, in] in fp32; with DoRA its rows scaled to the trained magnitudes m [out].
+
+    Args:
+        layer: a PEFT LoRA linear, or any frozen linear (then W alone).
+        base: a W to merge into instead of the layer's own, dequantized one.
+    """
+    inner = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+    weight = dense_weight(inner) if base is None else base.to(device=inner.weight.device, dtype=torch.float32)
+    if not isinstance(layer, LoraLayer):
+        return weight
+    for name in layer.active_adapters:
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        with torch.no_grad():
+            merged = weight + layer.scaling[name] * (b.float() @ a.float())
+            if name in layer.lora_magnitude_vector:
+                dora = layer.lora_magnitude_vector[name]
+                assert isinstance(dora, DoraLinearLayer)
+                merged = merged * (dora.weight.float() / merged.norm(dim=1))[:, None]
+        weight = merged
+    return weight

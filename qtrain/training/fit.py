@@ -1,0 +1,167 @@
+"""From a config to a trained adapter, its figures and its report."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, RichProgressBar
+
+from qtrain.callbacks.nan_guard import NanGuard
+from qtrain.callbacks.progress_lines import ProgressLines
+from qtrain.callbacks.samples import SampleGenerations
+from qtrain.callbacks.throughput import Throughput
+from qtrain.callbacks.trainable_checkpoint import TrainableCheckpoint, read_checkpoint
+from qtrain.config.compose import save_config
+from qtrain.config.schema import Config
+from qtrain.console import say
+from qtrain.data.datamodule import LanguageData
+from qtrain.errors import ConfigError
+from qtrain.evaluation.progress import progress_over
+from qtrain.files import write_json
+from qtrain.models.dtype import resolve_dtypes
+from qtrain.report.write import write_report
+from qtrain.training.module import LanguageModule
+from qtrain.training.run_directory import RunDirectory
+from qtrain.training.tracking import log_artifacts, loggers
+
+
+def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
+    """Train as ``config`` says and leave everything in ``run``; the figures, as fit.json holds them.
+
+    Raises:
+        QtrainError: data, model or checkpoint cannot be used; nothing of an earlier run is lost then.
+    """
+    begin = time.monotonic()
+    module = LanguageModule(config, progress=progress_over("quantizing"))
+    data = LanguageData(config.data, module.tokenizer, seed=config.run.seed)
+    data.setup("fit")
+    say(data.summary.lines(), title="data")
+    checkpoint = run.begin(resume=config.run.resume, overwrite=config.run.overwrite)
+    step = read_checkpoint(str(checkpoint))["global_step"] if checkpoint else None
+    if config.run.resume and checkpoint is None:
+        say(f"no checkpoint in {run.checkpoints} yet: starting from the beginning")
+    save_config(config, run.config)
+    write_json(run.result("data"), data.summary.to_dict())
+    L.seed_everything(config.run.seed, verbose=False)
+    torch.set_float32_matmul_precision(config.run.matmul_precision)
+    throughput = Throughput()
+    trainer = L.Trainer(
+        **trainer_arguments(config),
+        logger=loggers(config, run.path, step),
+        callbacks=[*_callbacks(config, run), throughput],
+        default_root_dir=run.path,
+    )
+    validated = config.data.validation is not None
+    module.trainer = trainer
+    module.build(trainer.strategy.root_device)
+    assert module.model is not None
+    say([*module.method.lines(module.model), f"loss        {module.loss_path}", _precision_line(trainer)], title="model")
+    before = _held_out(trainer, module, data) if validated and checkpoint is None else {}
+    say(f"to {_goal(trainer, data)}, from {f'step {step}' if checkpoint else 'the start'}", title="training")
+    trained_from = time.monotonic()
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    seconds = time.monotonic() - trained_from
+    after = _held_out(trainer, module, data) if validated else {}
+    if checkpoint is not None and run.result("fit").exists():
+        before = _earlier(run)
+    figures: dict[str, Any] = {
+        "steps": trainer.global_step,
+        "train_loss": _number(trainer.logged_metrics.get("train/loss")),
+        **{f"{key}_before": value for key, value in before.items()},
+        **{f"{key}_after": value for key, value in after.items()},
+        "tokens_per_second": throughput.tokens_per_second,
+        "mfu": throughput.mfu,
+        "peak_gib": throughput.peak_gib,
+        "trained_parameters": sum(p.numel() for p in module.model.parameters() if p.requires_grad),
+        "loss_path": module.loss_path,
+        "device": _device_name(trainer.strategy.root_device),
+        "train_seconds": round(seconds, 1),
+        "seconds": round(time.monotonic() - begin, 1),
+        "base": config.model.path,
+        "base_fingerprint": module.base_fingerprint,
+    }
+    if trainer.is_global_zero:
+        module.method.save(module.model, run.adapter)
+        module.tokenizer.save_pretrained(run.adapter)
+        write_json(run.result("fit"), figures)
+        write_report(run.path)
+        log_artifacts(config, trainer.loggers, {"adapter": run.adapter})
+        for logger in trainer.loggers:
+            logger.finalize("success")
+    return figures
+
+
+def trainer_arguments(config: Config) -> dict[str, Any]:
+    """What ``lightning.Trainer`` is given: ``trainer.*`` and what follows from other sections.
+
+    Raises:
+        ConfigError: ``trainer.precision`` contradicts ``method.compute_dtype``.
+    """
+    given = dict(config.trainer)
+    accelerator = str(given.get("accelerator", "auto"))
+    on_gpu = torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")
+    _, compute = resolve_dtypes(
+        config.model.dtype, config.method.compute_dtype, torch.device("cuda" if on_gpu else "cpu")
+    )
+    precision = "bf16-mixed" if compute == torch.bfloat16 else "32-true"
+    asked = given.pop("precision", None)
+    if asked is not None and str(asked) not in (precision, precision.removesuffix("-true"), precision.removesuffix("-mixed")):
+        raise ConfigError(
+            f"trainer.precision={asked} contradicts products in {str(compute).removeprefix('torch.')}",
+            rule="precision has one owner: method.compute_dtype (and model.dtype for storage)",
+            fix=f"leave trainer.precision out; method.compute_dtype={'bf16' if 'bf16' in str(asked) else 'fp32'}",
+        )
+    if "max_steps" not in given and "max_epochs" not in given and "max_time" not in given:
+        given["max_epochs"] = 1
+    defaults = {
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "log_every_n_steps": 1,
+        "enable_progress_bar": sys.stderr.isatty(),
+        "use_distributed_sampler": False,  # LanguageData takes the rank's share itself
+    }
+    return {**defaults, **given, "precision": precision}
+
+
+def _callbacks(config: Config, run: RunDirectory) -> list[Callback]:
+    chosen: list[Callback] = [
+        NanGuard(),
+        TrainableCheckpoint(str(run.checkpoints), every_n_train_steps=config.run.save_every, keep=config.run.keep),
+        RichProgressBar() if sys.stderr.isatty() else ProgressLines(),
+    ]
+    if config.run.samples:
+        chosen.append(SampleGenerations(config.run.samples, config.generate, dir=run.path))
+    return chosen
+
+
+def _held_out(trainer: L.Trainer, module: LanguageModule, data: LanguageData) -> dict[str, float]:
+    found = trainer.validate(module, datamodule=data, verbose=False)[0]
+    return {"val_loss": found["val/loss"], "val_perplexity": found["val/perplexity"]}
+
+
+def _earlier(run: RunDirectory) -> dict[str, Any]:
+    content = json.loads(run.result("fit").read_text(encoding="utf-8"))
+    return {key.removesuffix("_before"): value for key, value in content.items() if key.endswith("_before")}
+
+
+def _goal(trainer: L.Trainer, data: LanguageData) -> str:
+    return f"{trainer.max_steps} steps" if trainer.max_steps != -1 else f"{trainer.max_epochs} epochs"
+
+
+def _precision_line(trainer: L.Trainer) -> str:
+    return f"products    {'bf16' if 'bf16' in str(trainer.precision) else 'fp32'} on {_device_name(trainer.strategy.root_device)}"
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+

@@ -1,0 +1,165 @@
+"""The LightningModule: a causal language model, quantized and trained as the config says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qtrain.config.schema import Config
+from qtrain.data.isolation import check_isolation
+from qtrain.methods.method import Progress, build_method
+from qtrain.models.dtype import resolve_dtypes
+from qtrain.models.fingerprint import fingerprint
+from qtrain.models.load import load_model, load_tokenizer
+from qtrain.models.source import find_model
+from qtrain.modules.token_loss import Loss, choose_loss
+from qtrain.training.optimizers import build_optimizer, build_schedule
+
+
+class LanguageModule(L.LightningModule):
+    """Trains ``model.path`` by ``method.*``; logs ``train/loss``, ``train/lr``, ``val/loss`` and ``val/perplexity``.
+
+    The loss of a batch is a sum over tokens; the gradients of an accumulation window are divided by the window's
+    number of tokens over all ranks, so that 1 x 8 and 4 x 2 rows give the same step however long the rows are.
+
+    Args:
+        config: a resolved config, from ``qtrain.load_recipe``.
+        base: a model to use in place of loading ``model.path``.
+        tokenizer: likewise.
+        progress: wraps the loop over layers while the base is quantized.
+    """
+
+    strict_loading = False  # checkpoints hold what trains; the base comes from model.path
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        base: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.method = build_method(config.method)
+        self.model: nn.Module | None = None
+        self.loss_path = ""
+        self._base, self._tokenizer, self._progress = base, tokenizer, progress
+        self._loss: Loss | None = None
+        self._window: list[Tensor] = []  # (loss, tokens) of the micro-batches since the last step
+        self._validation: list[Tensor] = []
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Of the model; loaded when first asked for."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.config.model)
+        return self._tokenizer
+
+    @property
+    def base_fingerprint(self) -> str | None:
+        """Which base the checkpoint belongs to."""
+        return fingerprint(find_model(self.config.model), self.config.model.revision) if self.config.model.path else None
+
+    def configure_model(self) -> None:
+        """Load, quantize, add what trains: once, on the device of the strategy."""
+        if self.model is not None:
+            return
+        device = self.trainer.strategy.root_device if self._trainer is not None else torch.device("cpu")
+        self.build(device)
+
+    def build(self, device: torch.device) -> nn.Module:
+        """The prepared model on ``device``; also for use without a Trainer."""
+        config = self.config
+        storage, compute = resolve_dtypes(config.model.dtype, config.method.compute_dtype, device)
+        base = self._base if self._base is not None else load_model(config.model, storage)
+        self._base = None
+        L.seed_everything(config.run.seed, verbose=False)  # the adapters' start is the same however long loading took
+        self.model = self.method.prepare(base, compute_dtype=compute, device=device, progress=self._progress)
+        plain = self.method.plain_model(self.model)
+        if config.run.recompute == "full":
+            plain.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=compute == torch.bfloat16):
+            self._loss, self.loss_path = choose_loss(plain)
+            if config.data.packing:
+                check_isolation(plain, int(plain.config.vocab_size))
+        return self.model
+
+    def forward(self, **inputs: Any) -> Any:
+        """The transformers model's output."""
+        assert self.model is not None
+        return self.model(**inputs)
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        """Summed loss of one micro-batch, in nats."""
+        assert self._loss is not None
+        loss = self._loss(batch)
+        tokens = batch["loss_tokens"].to(loss.device)
+        self._window.append(torch.stack((loss.detach().double(), tokens.double())))
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Turn the window's sum of gradients into the gradient of the mean over its tokens."""
+        total = torch.stack(self._window).sum(0)
+        self._window.clear()
+        world = self.trainer.world_size
+        if world > 1:
+            total = self.all_gather(total).view(world, 2).sum(0)
+        loss, tokens = total[0], total[1].clamp(min=1)
+        # Lightning divided each loss by the number of micro-batches, and DDP averages over ranks: both undone here.
+        scale = (self.trainer.accumulate_grad_batches * world / tokens).float()
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        torch._foreach_mul_(gradients, scale)
+        self.log("train/loss", (loss / tokens).float(), prog_bar=True)
+        self.log("train/lr", float(optimizer.param_groups[0]["lr"]))
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the held-out sum."""
+        self._validation.clear()
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Add one batch to the held-out sum."""
+        assert self._loss is not None
+        loss = self._loss(batch)
+        self._validation.append(torch.stack((loss.double(), batch["loss_tokens"].to(loss.device).double())))
+
+    def on_validation_epoch_end(self) -> None:
+        """Held-out loss: the mean over all tokens (not over batches), and its exponential."""
+        self._log_held_out("val")
+
+    def on_test_epoch_start(self) -> None:
+        """As for validation."""
+        self._validation.clear()
+
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """As for validation."""
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """As for validation, as ``test/*``."""
+        self._log_held_out("test")
+
+    def _log_held_out(self, split: str) -> None:
+        total = torch.stack(self._validation).sum(0)
+        if self.trainer.world_size > 1:
+            total = self.all_gather(total).view(-1, 2).sum(0)
+        loss = float(total[0] / total[1].clamp(min=1))
+        self.log(f"{split}/loss", loss, prog_bar=True)
+        self.log(f"{split}/perplexity", math.exp(min(loss, 80.0)))
+        self.log(f"{split}/tokens", float(total[1]))
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW on what trains, and the schedule over the steps that the trainer expects."""
+        assert self.model is not None
+        section = self.config.optimizer
+        optimizer = build_optimizer(self.method.parameter_groups(self.model, section.lr), section)
+        total = float(self.trainer.estimated_stepping_batches)
+        schedule = build_schedule(optimizer, section, total)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

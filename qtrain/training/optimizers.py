@@ -1,0 +1,50 @@
+"""Optimizers and schedules by name."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from qtrain.config.schema import OptimizerSection
+
+EIGHT_BIT = {
+    "adamw_8bit": bnb.optim.AdamW8bit,
+    "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
+    "paged_adamw_32bit": bnb.optim.PagedAdamW32bit,
+}
+
+
+def build_optimizer(groups: list[dict[str, Any]], section: OptimizerSection) -> Optimizer:
+    """AdamW over ``groups``; 8-bit states in blocks of 256 (Dettmers 2021, arXiv 2110.02861), paged ones on demand."""
+    arguments: dict[str, Any] = {
+        "lr": section.lr,
+        "betas": section.betas,
+        "eps": section.eps,
+        "weight_decay": section.weight_decay,
+    }
+    if section.name == "adamw":
+        on_gpu = all(p.device.type == "cuda" for group in groups for p in group["params"])
+        return torch.optim.AdamW(groups, fused=on_gpu, **arguments)
+    optimizer: Optimizer = EIGHT_BIT[section.name](groups, **arguments)
+    return optimizer
+
+
+def lr_factor(step: int, section: OptimizerSection, total: float) -> float:
+    """Factor on lr at ``step`` of ``total`` (inf where unknown): linear warm-up, then the schedule down to 0."""
+    warmup = section.warmup if section.warmup >= 1 else (section.warmup * total if section.warmup else 0)
+    if step < warmup:
+        return (step + 1) / warmup if warmup >= 1 else 1.0
+    if section.schedule == "constant" or math.isinf(total):
+        return 1.0
+    progress = min(1.0, (step - warmup) / max(1.0, total - warmup))
+    return 1 - progress if section.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def build_schedule(optimizer: Optimizer, section: OptimizerSection, total: float) -> LambdaLR:
+    """``lr_factor`` as a scheduler that steps with the optimizer."""
+    return LambdaLR(optimizer, lambda step: lr_factor(step, section, total))

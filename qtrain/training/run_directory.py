@@ -1,0 +1,87 @@
+"""The layout of a run's directory."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from qtrain.config.schema import Config
+from qtrain.errors import CheckpointError
+
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths of one run: config, metrics, checkpoints, adapter, results, report, exports."""
+
+    path: Path
+
+    @classmethod
+    def of(cls, config: Config, default_name: str = "run") -> RunDirectory:
+        """``run.dir``, else ``runs/NAME`` by ``run.name``, the recipe's name or ``default_name``."""
+        if config.run.dir:
+            return cls(Path(config.run.dir))
+        recipe = Path(config.recipe).stem if config.recipe else None
+        return cls(Path("runs") / (config.run.name or recipe or default_name))
+
+    @property
+    def config(self) -> Path:
+        """The resolved config."""
+        return self.path / "config.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        """What training goes on from."""
+        return self.path / CHECKPOINTS
+
+    @property
+    def adapter(self) -> Path:
+        """What was trained, in PEFT's layout."""
+        return self.path / "adapter"
+
+    @property
+    def samples(self) -> Path:
+        """Generations during training."""
+        return self.path / "samples.jsonl"
+
+    def result(self, verb: str) -> Path:
+        """The figures of a verb."""
+        return self.path / f"{verb}.json"
+
+    def export(self, export_format: str) -> Path:
+        """An exported checkpoint."""
+        return self.path / "export" / export_format
+
+    def newest_checkpoint(self) -> Path | None:
+        """The checkpoint of the highest step."""
+        found = sorted(self.checkpoints.glob("step-*.ckpt"))
+        return found[-1] if found else None
+
+    def begin(self, *, resume: bool | str, overwrite: bool) -> Path | None:
+        """Make the directory ready for training; the checkpoint to go on from, if there is one.
+
+        Raises:
+            CheckpointError: an earlier run lies here, and neither resume nor overwrite was asked for.
+        """
+        if isinstance(resume, str):
+            chosen = Path(resume)
+            if not chosen.is_file():
+                raise CheckpointError(f"run.resume={resume} is no file", fix="run.resume=true takes the newest one")
+            return chosen
+        if resume:
+            return self.newest_checkpoint()
+        if self.config.exists() or self.checkpoints.exists():
+            if not overwrite:
+                raise CheckpointError(
+                    "an earlier run lies here",
+                    where=str(self.path),
+                    rule="nothing is overwritten unless it is said",
+                    fix="run.resume=true goes on with it, run.name=OTHER starts beside it, run.overwrite=true replaces it",
+                )
+            for entry in ("checkpoints", "adapter", "export", "wandb"):
+                shutil.rmtree(self.path / entry, ignore_errors=True)
+            for file in [*self.path.glob("*.json"), *self.path.glob("*.jsonl"), self.path / "metrics.csv"]:
+                file.unlink(missing_ok=True)
+        return None

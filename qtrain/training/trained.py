@@ -1,0 +1,71 @@
+"""A finished run's model, and any other model, ready to answer."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qtrain.config.schema import Config
+from qtrain.evaluation.progress import progress_over
+from qtrain.models.dtype import resolve_dtypes
+from qtrain.models.load import load_model, load_tokenizer
+from qtrain.training.module import LanguageModule
+from qtrain.training.run_directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to measure or to ask.
+
+    Attributes:
+        model: as it answers: for a run, base and adapter as they were trained.
+        plain: the transformers model inside.
+        name: what it is called in results.
+        compute: dtype of its products.
+    """
+
+    model: nn.Module
+    plain: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    compute: torch.dtype
+
+    def forward_context(self) -> AbstractContextManager[None]:
+        """The autocast that it was trained under."""
+        device = next(self.model.parameters()).device
+        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.compute == torch.bfloat16)  # type: ignore[return-value]
+
+
+def best_device() -> torch.device:
+    """The first GPU, else the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def trained_module(config: Config, run: RunDirectory, device: torch.device) -> LanguageModule:
+    """The run's model with its trained adapter, as the last training step left it, in eval mode."""
+    module = LanguageModule(config, progress=progress_over("quantizing"))
+    model = module.build(device)
+    module.method.restore(model, run.adapter)
+    model.eval()
+    return module
+
+
+def trained_subject(config: Config, run: RunDirectory) -> Subject:
+    """The run's model as a subject."""
+    device = best_device()
+    module = trained_module(config, run, device)
+    assert module.model is not None
+    _, compute = resolve_dtypes(config.model.dtype, config.method.compute_dtype, device)
+    return Subject(module.model, module.method.plain_model(module.model), module.tokenizer, str(run.path), compute)
+
+
+def stored_subject(config: Config) -> Subject:
+    """``model.path`` as it is stored: no quantization, no adapter (an export is unpacked by transformers)."""
+    device = best_device()
+    storage, compute = resolve_dtypes(config.model.dtype, config.method.compute_dtype, device)
+    model = load_model(config.model, storage, device=device)
+    return Subject(model, model, load_tokenizer(config.model), str(config.model.path), compute)

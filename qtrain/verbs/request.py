@@ -1,0 +1,85 @@
+"""What the user asked for: a verb, a checked config, and the run it is about."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qtrain.config.compose import load_recipe, parse_overrides
+from qtrain.config.schema import Config
+from qtrain.data.sources import check_sources
+from qtrain.errors import CheckpointError, ErrorList, QtrainError
+from qtrain.models.source import find_model
+from qtrain.training.run_directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class Request:
+    """A verb's input.
+
+    Attributes:
+        config: the resolved config.
+        run: the run's directory; for a verb on a finished run, that run's.
+        other_model: ``model.path`` was given beside a run: work on that model, not on the run's.
+    """
+
+    config: Config
+    run: RunDirectory
+    other_model: bool
+
+    @property
+    def trained(self) -> bool:
+        """Whether the run's trained model is meant."""
+        return self.run.adapter.is_dir() and not self.other_model
+
+
+def read_request(verb: str, words: Sequence[str]) -> Request:
+    """Compose the config from ``recipe=``, the config of ``run.dir`` where there is one, and the overrides."""
+    recipes = [word.partition("=")[2] for word in words if word.startswith("recipe=")]
+    overrides = [word for word in words if not word.startswith("recipe=")]
+    given = parse_overrides(overrides)
+    run_section = given.get("run") or {}
+    recipe: str | Path | None = recipes[-1] if recipes else None
+    directory = run_section.get("dir") if hasattr(run_section, "get") else None
+    if recipe is None and directory and (Path(directory) / "config.yaml").is_file():
+        recipe = Path(directory) / "config.yaml"
+    config = load_recipe(recipe, *overrides)
+    other_model = recipe is not None and "path" in (given.get("model") or {})
+    return Request(config, RunDirectory.of(config, default_name=verb), other_model)
+
+
+def check_inputs(request: Request, *, splits: Sequence[str]) -> None:
+    """Look at the model and the data from afar, before anything heavy is imported.
+
+    Raises:
+        ErrorList: what is not there, all of it.
+    """
+    errors: list[QtrainError] = []
+    try:
+        find_model(request.config.model)
+    except QtrainError as error:
+        errors.append(error)
+    data = request.config.data
+    kept = {name: None for name in ("train", "validation", "test", "predict") if name not in splits}
+    errors.extend(check_sources(data.model_copy(update=kept)))
+    for split in splits:
+        if getattr(data, split) is None and not (split == "validation" and "train" in splits):
+            errors.append(QtrainError(f"data.{split} is not set", fix=f"data.{split}=FILE, a directory or a hub id"))
+    if errors:
+        raise ErrorList(errors)
+
+
+def require_run(request: Request) -> None:
+    """For verbs on a finished run.
+
+    Raises:
+        CheckpointError: ``run.dir`` holds no trained adapter.
+    """
+    if not request.run.adapter.is_dir():
+        raise CheckpointError(
+            "no trained adapter lies here",
+            where=str(request.run.path),
+            rule="run.dir is the directory of a finished `qtrain fit`",
+            fix="run.dir=runs/NAME",
+        )

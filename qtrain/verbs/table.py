@@ -1,0 +1,70 @@
+"""The verbs, without importing what they run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qtrain.registry import Registry
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A word of the command line.
+
+    Attributes:
+        help: one line.
+        run: ``package.module:function`` that takes a Request.
+        sections: of the config that it reads, for its --help.
+        splits: data that must be there.
+        needs_run: works on a finished run.
+    """
+
+    help: str
+    run: str
+    sections: tuple[str, ...]
+    splits: tuple[str, ...] = ()
+    needs_run: bool = False
+
+
+EVERYWHERE = ("model", "run")
+VERBS: Registry[Verb] = Registry(
+    "verb",
+    {
+        "fit": Verb(
+            "train a model as the recipe says",
+            "qtrain.verbs.fit:run",
+            (*EVERYWHERE, "data", "method", "optimizer", "trainer", "wandb"),
+            ("train", "validation"),
+        ),
+        "validate": Verb(
+            "loss and perplexity on data.validation, of a run or of model.path",
+            "qtrain.verbs.validate:validate",
+            (*EVERYWHERE, "data"),
+            ("validation",),
+        ),
+        "test": Verb(
+            "loss and perplexity on data.test, of a run or of model.path",
+            "qtrain.verbs.validate:test",
+            (*EVERYWHERE, "data"),
+            ("test",),
+        ),
+        "predict": Verb(
+            "answer the prompts of data.predict, of a run or of model.path",
+            "qtrain.verbs.predict:run",
+            (*EVERYWHERE, "data", "generate"),
+            ("predict",),
+        ),
+        "generate": Verb(
+            "continue or answer generate.prompt, by a run or model.path",
+            "qtrain.verbs.generate:run",
+            (*EVERYWHERE, "generate"),
+        ),
+        "export": Verb(
+            "write a run's model in a format that other programs load",
+            "qtrain.verbs.export:run",
+            (*EVERYWHERE, "export"),
+            needs_run=True,
+        ),
+        "recipes": Verb("list the recipes that come with qtrain", "qtrain.verbs.recipes:run", ()),
+    },
+)
