@@ -21,7 +21,9 @@ def write_card(directory: Path, facts: Mapping[str, Any], result: Mapping[str, A
             ``training`` (label to value), ``figures`` (rows of ``name``, ``trained``, ``exported``).
         result: what ``write`` returned.
     """
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
     template = environment.from_string(files("qtrain.export").joinpath("card.md.jinja").read_text(encoding="utf-8"))
     base = str(facts.get("base_model") or "")
     # A path of the machine that trained says nothing to the reader; its last part may.

@@ -79,7 +79,12 @@ class ShardWriter:
 
     def _flush(self) -> None:
         # The number of files is part of their names and is known at the end only.
-        save_file(self._held, self._unnamed(len(self._shards)), metadata={"format": "pt"})
+        path = self._unnamed(len(self._shards))
+        # safetensors makes files that only their owner reads; these are to be served by others too.
+        path.touch()
+        mode = path.stat().st_mode
+        save_file(self._held, path, metadata={"format": "pt"})
+        path.chmod(mode)
         self._shards.append(list(self._held))
         self._held, self._held_bytes = {}, 0
 

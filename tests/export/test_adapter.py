@@ -28,6 +28,7 @@ def test_peft_puts_it_on_its_base(
     out = tmp_path / "adapter"
     result = write_adapter(model, out, tiny_tokenizer, {"base_model": "org/base"})
     assert result["bytes"] == (out / "adapter_model.safetensors").stat().st_size
+    assert {path.stat().st_mode for path in out.iterdir()} == {(out / "adapter_config.json").stat().st_mode}
     written = json.loads((out / "adapter_config.json").read_text())
     assert written["base_model_name_or_path"] == "org/base"
     for file in ("adapter_config.json", "README.md"):

@@ -56,6 +56,7 @@ def test_the_directory_is_whole(
     names = {path.name for path in out.iterdir()}
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "README.md"} <= names
     assert "chat_template.jinja" in names
+    assert {path.stat().st_mode for path in out.iterdir()} == {(out / "config.json").stat().st_mode}
     assert result["bytes"] == sum(t.numel() * t.element_size() for t in load_file(out / "model.safetensors").values())
     assert result["bits_per_quantized_weight"] == pytest.approx(4.5, abs=0.05)
     assert str(tmp_path) not in "".join(p.read_text() for p in out.glob("*.json"))

@@ -26,7 +26,9 @@ def write_adapter(
     with atomic_directory(directory) as temporary:
         # save_embedding_layers asks the hub about the base's vocabulary when it is left on "auto".
         model.save_pretrained(str(temporary), safe_serialization=True, save_embedding_layers=False)
+        # safetensors makes files that only their owner reads.
         config = temporary / "adapter_config.json"
+        (temporary / "adapter_model.safetensors").chmod(config.stat().st_mode)
         content = json.loads(config.read_text(encoding="utf-8"))
         content["base_model_name_or_path"] = str(facts.get("base_model", ""))
         content["inference_mode"] = True
