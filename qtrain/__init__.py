@@ -1,3 +1,61 @@
-"""What you train is what you deploy: QAT, QLoRA and PEQA on PyTorch Lightning."""
+"""What you train is what you deploy: QAT, QLoRA and PEQA on PyTorch Lightning.
+
+    config = qtrain.load_recipe("qlora_llama", "model.path=DIR", "data.train=chats.jsonl")
+    module = qtrain.LanguageModule(config)
+    data = qtrain.LanguageData(config.data, module.tokenizer, seed=config.run.seed)
+    lightning.Trainer(**qtrain.trainer_arguments(config)).fit(module, data)
+
+or the whole of it, with run directory and report: ``qtrain.fit(config)``, then ``qtrain.export(config)``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from qtrain.config.compose import load_recipe
+    from qtrain.data.datamodule import LanguageData
+    from qtrain.export.config import FORMATS as export_formats
+    from qtrain.methods.config import METHODS as methods
+    from qtrain.numerics.spec import QuantSpec
+    from qtrain.training.api import export, fit, prepare
+    from qtrain.training.fit import trainer_arguments
+    from qtrain.training.module import LanguageModule
+
+_HOMES = {
+    "LanguageData": "qtrain.data.datamodule:LanguageData",
+    "LanguageModule": "qtrain.training.module:LanguageModule",
+    "QuantSpec": "qtrain.numerics.spec:QuantSpec",
+    "export": "qtrain.training.api:export",
+    "export_formats": "qtrain.export.config:FORMATS",
+    "fit": "qtrain.training.api:fit",
+    "load_recipe": "qtrain.config.compose:load_recipe",
+    "methods": "qtrain.methods.config:METHODS",
+    "prepare": "qtrain.training.api:prepare",
+    "trainer_arguments": "qtrain.training.fit:trainer_arguments",
+}
+
+__all__ = [
+    "LanguageData",
+    "LanguageModule",
+    "QuantSpec",
+    "__version__",
+    "export",
+    "export_formats",
+    "fit",
+    "load_recipe",
+    "methods",
+    "prepare",
+    "trainer_arguments",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Lazily: torch and lightning take seconds to import, and the command line answers mistakes without them.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'qtrain' has no attribute {name!r}")
+    from qtrain.registry import resolve
+
+    return resolve(_HOMES[name])

@@ -15,7 +15,7 @@ from qtrain.data.loader import Collate, ResumableLoader, RowLoader
 from qtrain.data.preparation import Split, check_samples, describe, prepare, read_items
 from qtrain.data.progress import Progress, progress_of, settle_epoch
 from qtrain.data.prompts import Prompt, prompt_of
-from qtrain.data.sample import SampleStore
+from qtrain.data.sample import Sample, SampleStore
 from qtrain.data.sources import SPLITS, locate_all
 from qtrain.data.stream import RowStream, StreamLoader
 from qtrain.data.summary import DataSummary
@@ -89,6 +89,22 @@ class LanguageData(lightning.LightningDataModule):
     def predict_dataloader(self) -> ResumableLoader:
         """The samples of ``data.predict`` in their order, one in a row, padded."""
         return self._loader("predict")
+
+    def samples(self, split: str, tokens: int) -> list[Sample]:
+        """The first samples of a split, so many that they hold ``tokens`` tokens, or all there are.
+
+        Raises:
+            DataError: the split was not read, or is read as a stream.
+        """
+        if split not in self._splits:
+            raise DataError(f"data.{split} is not at hand", fix=f"data.{split}=FILE, and data.streaming=false")
+        store, taken, held = self._splits[split].store, [], 0
+        for index in range(len(store)):
+            if held >= tokens:
+                break
+            taken.append(store[index])
+            held += len(taken[-1])
+        return taken
 
     def prompts(self) -> list[Prompt]:
         """Prompt ids with the generation prompt, and the reference, for each sample of ``data.predict``.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -16,10 +16,13 @@ class ExportSection(Section):
     implementation: ClassVar[str]
     """``package.module:attribute`` of the function that writes the format, imported when it runs."""
 
+    takes: ClassVar[Literal["deployed", "trained"]] = "deployed"
+    """What that function is given: the model as a plain checkpoint (and the result is measured), or as it trained."""
+
     format: str = Field("compressed-tensors", description="layout of the exported directory")
     dir: str | None = Field(None, description="where to; default: RUN/export/FORMAT")
     evaluate: bool = Field(True, description="measure KL, top-1 agreement and perplexity against the trained model")
-    evaluate_windows: int = Field(16, ge=1, description="rows of held-out text for that measurement")
+    evaluate_windows: int = Field(16, ge=1, description="held-out text for that: so many times data.max_length tokens")
     max_shard_size: str = Field("1GB", description="largest file of weights; also bounds the memory of the export")
 
 

