@@ -54,5 +54,7 @@ class Registry(Generic[T]):
             )
         entry = self._entries[name]
         if isinstance(entry, str):
-            entry = self._entries[name] = resolve(entry)
-        return entry  # type: ignore[return-value]
+            resolved: T = resolve(entry)
+            self._entries[name] = resolved
+            return resolved
+        return entry

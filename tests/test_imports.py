@@ -18,7 +18,7 @@ ROOT = Path(qtrain.__file__).parent
 
 # Lowest first. A package or module of qtrain may import from the levels below its own.
 LAYERS = (
-    {"errors", "files", "registry", "section", "console"},
+    {"errors", "files", "registry", "section", "console", "package_files"},
     {"numerics"},
     {"kernels"},
     {"modules", "models"},
@@ -33,6 +33,8 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 # Between neighbours of one level, each with its reason.
 ALLOWED = {
+    ("package_files", "errors"): "a file that is not there is an error with a way out",
+    ("package_files", "registry"): "and the nearest name is the way out",
     ("registry", "errors"): "a name that is not registered is an error with a way out",
     ("export", "ptq"): "the int4 export chooses scales and codes with the post-training methods",
     ("training", "callbacks"): "fit puts the callbacks on its trainer",

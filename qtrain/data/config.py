@@ -17,7 +17,7 @@ class DataSection(Section):
     """What is trained and measured on."""
 
     train: Source = Field(
-        None, description="file, directory, hub id (name, name:split or name[config]:split), or a list"
+        None, description="file, directory, package:NAME/FILE, hub id (name, name:split, name[config]:split), or a list"
     )
     validation: Source = Field(None, description="the same, for the held-out loss")
     test: Source = Field(None, description="the same, for `qtrain test`")

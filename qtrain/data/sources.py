@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qtrain.data.config import DataSection
-from qtrain.errors import DataError
+from qtrain.errors import DataError, QtrainError
+from qtrain.package_files import PREFIX, package_file
 
 SPLITS = ("train", "validation", "test", "predict")
 TEXT_SUFFIXES = (".txt", ".text", ".md")
@@ -37,9 +38,11 @@ Location = Path | HubSet
 def locate(entry: str) -> list[Location]:
     """The files of one entry, or its hub id; a directory stands for all its data files, in the order of their names.
 
-    Files called README and hidden ones are not data. Errors: DataError.
+    Files called README and hidden ones are not data; ``package:NAME/FILE`` is a file of an installed package.
+
+    Errors: QtrainError.
     """
-    path = Path(entry).expanduser()
+    path = package_file(entry) if entry.startswith(PREFIX) else Path(entry).expanduser()
     if path.is_dir():
         return list(_files_in(path))
     if path.is_file():
@@ -65,7 +68,7 @@ def check_sources(section: DataSection) -> list[DataError]:
         for entry in [source] if isinstance(source, str) else source or []:
             try:
                 locate(entry)
-            except DataError as error:
+            except QtrainError as error:
                 where = f"data.{split}={error.where}"
                 errors.append(DataError(error.what, where=where, rule=error.rule, fix=error.fix))
     template = section.chat_template

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -57,12 +57,12 @@ class Method(ABC, Generic[O]):
         """The transformers model inside: its decoder and head compute the loss."""
 
     @abstractmethod
-    def deployed(self, model: nn.Module, *, dtype: torch.dtype, base: Iterable[tuple[str, torch.Tensor]] | None) -> DeployedModel:
+    def deployed(self, model: nn.Module, *, dtype: torch.dtype, base: Mapping[str, torch.Tensor] | None = None) -> DeployedModel:
         """The trained model as a plain checkpoint.
 
         Args:
             dtype: of the tensors that stay unquantized.
-            base: merge into these (name, weight) pairs instead of the base that was trained on.
+            base: merge into these weights, by their names, instead of the base that was trained on.
         """
 
     def lines(self, model: nn.Module) -> list[str]:

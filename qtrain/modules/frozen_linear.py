@@ -34,7 +34,7 @@ def freeze_linear(
         compute_dtype: of the product with the dequantized weight.
     """
     bias = linear.bias is not None
-    frozen: nn.Module
+    frozen: bnb.nn.Linear4bit | bnb.nn.Linear8bitLt
     if base == "int8":
         frozen = bnb.nn.Linear8bitLt(
             linear.in_features, linear.out_features, bias, has_fp16_weights=False, threshold=OUTLIER_THRESHOLD, device="meta"
@@ -88,9 +88,11 @@ def quantize_base(
 def dense_weight(layer: nn.Module) -> torch.Tensor:
     """The weight [out, in] that ``layer`` multiplies with, in fp32 (of a plain linear: its own, upcast)."""
     weight = layer.weight
+    assert isinstance(weight, torch.Tensor)
     if isinstance(weight, bnb.nn.Params4bit):
         return dequantize_4bit(weight.data, weight.quant_state).float()
-    if isinstance(weight, bnb.nn.Int8Params):
-        return layer.state.CB.float() * (layer.state.SCB.float() / 127)[:, None]
-    assert isinstance(weight, torch.Tensor)
+    if isinstance(layer, bnb.nn.Linear8bitLt):
+        codes, largest = layer.state.CB, layer.state.SCB
+        assert codes is not None and largest is not None  # freeze_linear initialised them
+        return codes.float() * (largest.float() / 127)[:, None]
     return weight.detach().float()

@@ -66,12 +66,13 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
     trained_from = time.monotonic()
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     seconds = time.monotonic() - trained_from
+    train_loss = _number(trainer.callback_metrics.get("train/loss"))  # validating anew forgets it
     after = _held_out(trainer, module, data) if validated else {}
     if checkpoint is not None and run.result("fit").exists():
         before = _earlier(run)
     figures: dict[str, Any] = {
         "steps": trainer.global_step,
-        "train_loss": _number(trainer.logged_metrics.get("train/loss")),
+        "train_loss": train_loss,
         **{f"{key}_before": value for key, value in before.items()},
         **{f"{key}_after": value for key, value in after.items()},
         "tokens_per_second": throughput.tokens_per_second,
