@@ -92,7 +92,7 @@ class TrainableCheckpoint(ModelCheckpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the last step too."""
-        if self._last_global_step_saved != trainer.global_step and not trainer.fast_dev_run:
+        if not self._should_skip_saving_checkpoint(trainer):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def _fingerprint(self, pl_module: LightningModule) -> str | None:

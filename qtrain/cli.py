@@ -95,5 +95,10 @@ def _keys(name: str) -> None:
 
 def _print_keys(section: str, rows: dict[str, tuple[str, str, str]]) -> None:
     width = max(len(section) + 1 + len(key) for key in rows)
-    say((f"  {section + '.' + key:<{width}}  {kind} = {default}\n  {'':<{width}}  {text}"
-         for key, (kind, default, text) in rows.items()), title=section)
+    say(
+        (
+            f"  {section + '.' + key:<{width}}  {kind} = {default}\n  {'':<{width}}  {text}"
+            for key, (kind, default, text) in rows.items()
+        ),
+        title=section,
+    )

@@ -24,7 +24,9 @@ def say(lines: str | Iterable[str], title: str | None = None) -> None:
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print an aligned table; the first column is text, the others are figures."""
-    shown = Table(title=f"\n{title}", title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2))
+    shown = Table(
+        title=f"\n{title}", title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2)
+    )
     for number, column in enumerate(columns):
         shown.add_column(column, justify="right" if number else "left", header_style="dim", no_wrap=bool(number))
     for row in rows:

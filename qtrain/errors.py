@@ -15,9 +15,7 @@ class QtrainError(Exception):
         fix: the way out, as something that can be typed where there is such a thing.
     """
 
-    def __init__(
-        self, what: str, *, where: str | None = None, rule: str | None = None, fix: str | None = None
-    ) -> None:
+    def __init__(self, what: str, *, where: str | None = None, rule: str | None = None, fix: str | None = None) -> None:
         self.what, self.where, self.rule, self.fix = what, where, rule, fix
         super().__init__(self.message())
 

@@ -26,7 +26,9 @@ S = TypeVar("S", bound=Section)
 
 def recipe_names() -> list[str]:
     """Names of the recipes that come with qtrain."""
-    return sorted(file.name.removesuffix(".yaml") for file in files("qtrain.recipes").iterdir() if file.name.endswith(".yaml"))
+    return sorted(
+        file.name.removesuffix(".yaml") for file in files("qtrain.recipes").iterdir() if file.name.endswith(".yaml")
+    )
 
 
 def load_recipe(recipe: str | Path | None = None, *overrides: str) -> Config:
@@ -47,10 +49,8 @@ def load_recipe(recipe: str | Path | None = None, *overrides: str) -> Config:
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0], where=str(recipe or "overrides")) from None
     assert isinstance(content, dict)
-    content = {str(key): value for key, value in content.items()}
-    if recipe is not None:
-        content.setdefault("recipe", str(recipe))
-    return check(content)
+    named = {"recipe": str(recipe)} if recipe is not None else {}
+    return check(named | {str(key): value for key, value in content.items()})
 
 
 def check(content: dict[str, Any]) -> Config:
@@ -84,7 +84,7 @@ def check(content: dict[str, Any]) -> Config:
     errors.extend(_trainer_problems(trainer))
     if errors:
         raise ErrorList(errors)
-    return Config(recipe=content.get("recipe"), trainer=trainer, **sections)  # type: ignore[arg-type]
+    return Config(recipe=content.get("recipe"), trainer=trainer, **sections)
 
 
 def parse_overrides(overrides: tuple[str, ...] | list[str]) -> DictConfig:

@@ -38,9 +38,11 @@ def trainer_arguments() -> dict[str, str]:
 
 def argument_type(annotation: str) -> Any:
     """The type an annotation names; lightning's own classes, which a config cannot hold, count as no type at all."""
-    known = {name: getattr(typing, name) for name in ("Union", "Optional", "Literal", "Any", "Iterable")}
+    known: dict[str, Any] = {
+        name: getattr(typing, name) for name in ("Union", "Optional", "Literal", "Any", "Iterable")
+    }
     names = {node.id for node in ast.walk(ast.parse(annotation)) if isinstance(node, ast.Name)}
-    scope = {name: typing.Never for name in names}
+    scope: dict[str, Any] = dict.fromkeys(names, typing.Never)
     scope |= {name: typing.Any for name in names if name.startswith("_")}
     scope |= known | {"int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict}
     scope |= {"timedelta": timedelta}

@@ -96,7 +96,7 @@ def decoding(section: GenerateSection, ends: Sequence[int], pad: int) -> Generat
     }
     if section.strategy == "sample":
         settings |= {"temperature": section.temperature, "top_k": section.top_k, "top_p": section.top_p}
-    return GenerationConfig(**settings)  # type: ignore[no-untyped-call]
+    return GenerationConfig(**settings)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool | None) -> list[int]:

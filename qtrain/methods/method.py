@@ -15,18 +15,18 @@ from qtrain.methods.config import METHODS, MethodSection
 from qtrain.modules.deployed import DeployedModel
 from qtrain.registry import resolve
 
-O = TypeVar("O", bound=MethodSection)
+Options = TypeVar("Options", bound=MethodSection)
 Progress = Callable[[Iterator[Any], int], Iterator[Any]]
 
 
-class Method(ABC, Generic[O]):
+class Method(ABC, Generic[Options]):
     """A way to train a quantized model.
 
     Args:
         options: the ``method.*`` section.
     """
 
-    def __init__(self, options: O) -> None:
+    def __init__(self, options: Options) -> None:
         self.options = options
 
     @abstractmethod
@@ -57,7 +57,9 @@ class Method(ABC, Generic[O]):
         """The transformers model inside: its decoder and head compute the loss."""
 
     @abstractmethod
-    def deployed(self, model: nn.Module, *, dtype: torch.dtype, base: Mapping[str, torch.Tensor] | None = None) -> DeployedModel:
+    def deployed(
+        self, model: nn.Module, *, dtype: torch.dtype, base: Mapping[str, torch.Tensor] | None = None
+    ) -> DeployedModel:
         """The trained model as a plain checkpoint.
 
         Args:

@@ -26,9 +26,7 @@ def load_tokenizer(section: ModelSection, source: ModelSource | None = None) -> 
     return tokenizer
 
 
-def load_model(
-    section: ModelSection, dtype: torch.dtype, *, device: torch.device | str = "cpu"
-) -> PreTrainedModel:
+def load_model(section: ModelSection, dtype: torch.dtype, *, device: torch.device | str = "cpu") -> PreTrainedModel:
     """The causal language model of ``model.path`` with weights in ``dtype``, in eval mode.
 
     Raises:
@@ -49,7 +47,9 @@ def load_model(
         raise _unreadable("model", source, error) from None
     if source.kind == "gguf":
         model = _plain(model)
-    return model.to(device).eval()  # type: ignore[arg-type]
+    model.to(device)  # type: ignore[arg-type]  # the decorator on it loses `self`
+    model.eval()
+    return model
 
 
 def is_quantized_export(section: ModelSection) -> bool:

@@ -37,7 +37,12 @@ def freeze_linear(
     frozen: bnb.nn.Linear4bit | bnb.nn.Linear8bitLt
     if base == "int8":
         frozen = bnb.nn.Linear8bitLt(
-            linear.in_features, linear.out_features, bias, has_fp16_weights=False, threshold=OUTLIER_THRESHOLD, device="meta"
+            linear.in_features,
+            linear.out_features,
+            bias,
+            has_fp16_weights=False,
+            threshold=OUTLIER_THRESHOLD,
+            device="meta",
         )
         frozen.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
     else:
@@ -56,7 +61,8 @@ def freeze_linear(
         frozen.weight = bnb.nn.Params4bit(
             linear.weight.data, requires_grad=False, compress_statistics=double_quant, quant_type=base, module=frozen
         )
-    frozen.bias = nn.Parameter(linear.bias.data, requires_grad=False) if bias else None
+    if bias:
+        frozen.bias = nn.Parameter(linear.bias.data, requires_grad=False)
     frozen = frozen.to(device)
     if isinstance(frozen, bnb.nn.Linear8bitLt):
         # The first forward would move codes and scales from the weight to the state; PEFT's DoRA looks before that.

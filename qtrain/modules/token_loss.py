@@ -28,7 +28,7 @@ def chunked_loss(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
     hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
     head = model.get_output_embeddings()
     bias = getattr(head, "bias", None)
-    return linear_cross_entropy(hidden[:, :-1], head.weight, batch["labels"][:, 1:], bias)  # type: ignore[arg-type]
+    return linear_cross_entropy(hidden[:, :-1], head.weight, batch["labels"][:, 1:], bias)
 
 
 def choose_loss(model: PreTrainedModel) -> tuple[Loss, str]:
@@ -36,8 +36,8 @@ def choose_loss(model: PreTrainedModel) -> tuple[Loss, str]:
 
     Heads differ (soft-capping, logit scales, biases in odd places): asking the model itself needs no list of them.
     """
-    device = model.get_input_embeddings().weight.device  # type: ignore[union-attr]
-    ids = torch.arange(1, 9, device=device)[None]  # type: ignore[arg-type]
+    device = next(model.parameters()).device
+    ids = torch.arange(1, 9, device=device)[None]
     probe = {"input_ids": ids, "labels": ids}
     training = model.training
     model.eval()

@@ -78,7 +78,8 @@ class RunDirectory:
                     "an earlier run lies here",
                     where=str(self.path),
                     rule="nothing is overwritten unless it is said",
-                    fix="run.resume=true goes on with it, run.name=OTHER starts beside it, run.overwrite=true replaces it",
+                    fix="run.resume=true goes on with it, run.name=OTHER starts beside it, "
+                    "run.overwrite=true replaces it",
                 )
             for entry in ("checkpoints", "adapter", "export", "wandb"):
                 shutil.rmtree(self.path / entry, ignore_errors=True)

@@ -37,7 +37,7 @@ class Subject:
     def forward_context(self) -> AbstractContextManager[None]:
         """The autocast that it was trained under."""
         device = next(self.model.parameters()).device
-        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.compute == torch.bfloat16)  # type: ignore[return-value]
+        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.compute == torch.bfloat16)
 
 
 def best_device() -> torch.device:

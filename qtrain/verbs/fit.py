@@ -17,7 +17,9 @@ def run(request: Request) -> None:
         table("held-out text", ("", "loss", "perplexity"), list(_held_out(figures)))
     facts = {
         "steps": f"{figures['steps']}, {figures['train_seconds']:.0f} s",
-        "speed": f"{figures['tokens_per_second']:,.0f} tokens/s" if figures["tokens_per_second"] else "too short to measure",
+        "speed": f"{figures['tokens_per_second']:,.0f} tokens/s"
+        if figures["tokens_per_second"]
+        else "too short to measure",
         "memory": f"{figures['peak_gib']:.2f} GiB at its peak",
         "adapter": str(request.run.adapter),
         "report": str(request.run.path / "report.html"),

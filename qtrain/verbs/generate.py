@@ -27,7 +27,9 @@ def run(request: Request) -> None:
     for number, prompt in enumerate(prompts):
         shown.add_row(prompt, *(rows[number].text.strip() for rows in answers.values()))
     out.print(shown, markup=False)
-    found = {name: [{"prompt": a.prompt, "text": a.text, "tokens": a.tokens} for a in rows] for name, rows in answers.items()}
+    found = {
+        name: [{"prompt": a.prompt, "text": a.text, "tokens": a.tokens} for a in rows] for name, rows in answers.items()
+    }
     write_json(request.run.result("generate"), {"decoding": section.model_dump(), "answers": found})
 
 

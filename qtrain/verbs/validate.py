@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 from itertools import islice
 from typing import Any
 
@@ -39,6 +39,7 @@ def _measure(request: Request, verb: str, limit: str) -> None:
     data = LanguageData(config.data, subject.tokenizer, seed=config.run.seed)
     data.setup(verb)
     loader = data.val_dataloader() if verb == "validate" else data.test_dataloader()
+    assert isinstance(loader, Sized)
     wanted = config.trainer.get(limit, 1.0)
     number = wanted if isinstance(wanted, int) else int(len(loader) * wanted)
     with subject.forward_context(), torch.no_grad():

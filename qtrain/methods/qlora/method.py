@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ class QLora(Method[QLoraOptions]):
             target_modules=targets,
             use_rslora=options.rslora,
             use_dora=options.dora,
-            init_lora_weights=True if options.lora_init == "default" else options.lora_init,  # type: ignore[arg-type]
+            init_lora_weights=True if options.lora_init == "default" else options.lora_init,
             task_type="CAUSAL_LM",
         )
         adapted = get_peft_model(model, config)
@@ -93,7 +94,7 @@ class QLora(Method[QLoraOptions]):
     def restore(self, model: nn.Module, directory: Path) -> None:
         """Load the adapter's weights; names that do not fit are an error."""
         weights = load_peft_weights(str(directory), device="cpu")
-        result = set_peft_model_state_dict(model, weights)
+        result: Any = set_peft_model_state_dict(model, weights)
         missing = [name for name in result.missing_keys if "lora_" in name]
         if missing or result.unexpected_keys:
             name = (missing or result.unexpected_keys)[0]
@@ -119,7 +120,7 @@ class QLora(Method[QLoraOptions]):
         inner = self.plain_model(model)
         return DeployedModel(
             config=inner.config,
-            generation_config=inner.generation_config,  # type: ignore[arg-type]
+            generation_config=inner.generation_config,
             tensors=lambda: _tensors(inner, base or {}),
             dtype=dtype,
         )
@@ -128,7 +129,9 @@ class QLora(Method[QLoraOptions]):
         """Base, adapters and what trains."""
         options = self.options
         layers = sum(isinstance(module, LoraLayer) for module in model.modules())
-        base = options.base + (" + double quantization" if options.double_quant and options.base in ("nf4", "fp4") else "")
+        base = options.base + (
+            " + double quantization" if options.double_quant and options.base in ("nf4", "fp4") else ""
+        )
         return [
             f"base        {'as stored' if options.base == 'none' else base}",
             f"adapters    r {options.r}, alpha {options.lora_alpha:g}, on {layers} linear layers",
@@ -175,9 +178,9 @@ def _tensors(model: PreTrainedModel, base: Mapping[str, torch.Tensor]) -> Iterat
             key = f"{name}.{kind}" if name else kind
             if kind == "weight" and name in quantizable:
                 shape = (int(inner.out_features), int(inner.in_features))  # type: ignore[arg-type]
-                yield DeployedTensor(key, shape, True, lambda m=module, k=key: merged_weight(m, base.get(k)))
+                yield DeployedTensor(key, shape, True, partial(merged_weight, module, base.get(key)))
             else:
-                yield DeployedTensor(key, tuple(tensor.shape), False, lambda t=tensor, k=key: base.get(k, t.detach()))
+                yield DeployedTensor(key, tuple(tensor.shape), False, base.get(key, tensor).detach)
         for kind, buffer in inner.named_buffers(recurse=False):
             if kind not in inner._non_persistent_buffers_set:
-                yield DeployedTensor(f"{name}.{kind}", tuple(buffer.shape), False, lambda b=buffer: b)
+                yield DeployedTensor(f"{name}.{kind}", tuple(buffer.shape), False, buffer.detach)
