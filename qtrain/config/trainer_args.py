@@ -10,6 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from pydantic import InstanceOf
+
 OWNED = {
     "logger": "wandb.* decides on W&B, and metrics.csv is always written",
     "callbacks": "the Python API takes callbacks: from qtrain.callbacks import ...",
@@ -18,6 +20,10 @@ OWNED = {
     "plugins": "the Python API: lightning.Trainer(plugins=...)",
 }
 """Arguments that follow from other sections, and from which."""
+
+
+class _LightningClass:
+    """Stands for each class of lightning in an annotation: no value of a config is one."""
 
 
 @cache
@@ -42,7 +48,7 @@ def argument_type(annotation: str) -> Any:
         name: getattr(typing, name) for name in ("Union", "Optional", "Literal", "Any", "Iterable")
     }
     names = {node.id for node in ast.walk(ast.parse(annotation)) if isinstance(node, ast.Name)}
-    scope: dict[str, Any] = dict.fromkeys(names, typing.Never)
+    scope: dict[str, Any] = dict.fromkeys(names, InstanceOf[_LightningClass])
     scope |= {name: typing.Any for name in names if name.startswith("_")}
     scope |= known | {"int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict}
     scope |= {"timedelta": timedelta}
