@@ -11,7 +11,7 @@ from qtrain.config.compose import recipe_names
 from qtrain.config.problems import shown, type_name
 from qtrain.config.schema import Config
 from qtrain.config.trainer_args import OWNED, trainer_arguments
-from qtrain.console import err, fail, hush, say, table
+from qtrain.console import err, fail, hush, listing, say
 from qtrain.errors import ConfigError, QtrainError
 from qtrain.export.config import FORMATS
 from qtrain.methods.config import METHODS
@@ -65,7 +65,7 @@ def _dispatch(words: list[str]) -> int:
 
 def _overview() -> None:
     say(USAGE)
-    table("verbs", ("", ""), [(name, VERBS.get(name).help) for name in VERBS.names()])
+    listing("verbs", [(name, VERBS.get(name).help) for name in VERBS.names()])
     say(", ".join(recipe_names()), title="recipes")
     say("\nqtrain VERB --help lists the keys of a verb.")
 

@@ -24,11 +24,19 @@ def say(lines: str | Iterable[str], title: str | None = None) -> None:
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print an aligned table; the first column is text, the others are figures."""
-    shown = Table(
-        title=f"\n{title}", title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2)
-    )
+    shown = _grid(title)
     for number, column in enumerate(columns):
         shown.add_column(column, justify="right" if number else "left", header_style="dim", no_wrap=bool(number))
+    for row in rows:
+        shown.add_row(*row)
+    out.print(shown)
+
+
+def listing(title: str, rows: Sequence[Sequence[str]]) -> None:
+    """Print names with what they mean: all left-aligned, only the last column wraps."""
+    shown = _grid(title, show_header=False)
+    for number in range(len(rows[0])):
+        shown.add_column(no_wrap=number < len(rows[0]) - 1)
     for row in rows:
         shown.add_row(*row)
     out.print(shown)
@@ -59,3 +67,15 @@ def hush_lightning() -> None:
     """Lightning raises its own log level when it is imported; to be called after that."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _grid(title: str, *, show_header: bool = True) -> Table:
+    return Table(
+        title=f"\n{title}",
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        pad_edge=False,
+        padding=(0, 2),
+        show_header=show_header,
+    )

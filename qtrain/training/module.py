@@ -83,6 +83,8 @@ class LanguageModule(L.LightningModule):
         self._base = None
         L.seed_everything(config.run.seed, verbose=False)  # the adapters' start is the same however long loading took
         self.model = self.method.prepare(base, compute_dtype=compute, device=device, progress=self._progress)
+        # Lightning keeps the mode that modules are in: loaded ones are in eval, without dropout and recomputation.
+        self.model.train()
         plain = self.method.plain_model(self.model)
         if config.run.recompute == "full":
             plain.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -119,6 +121,21 @@ class LanguageModule(L.LightningModule):
         torch._foreach_mul_(gradients, scale)
         self.log("train/loss", (loss / tokens).float(), prog_bar=True)
         self.log("train/lr", float(optimizer.param_groups[0]["lr"]))
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by norm, or by value; Lightning refuses to under bf16 with a fused AdamW, which could undo a scaler."""
+        if not gradient_clip_val:
+            return
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+        else:
+            torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
 
     def on_validation_epoch_start(self) -> None:
         """Start the held-out sum."""

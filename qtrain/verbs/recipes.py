@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.resources import files
 
 from qtrain.config.compose import load_recipe, recipe_names
-from qtrain.console import table
+from qtrain.console import listing
 
 
 def run() -> None:
@@ -14,4 +14,4 @@ def run() -> None:
     for name in recipe_names():
         first = (files("qtrain.recipes") / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
         rows.append((name, load_recipe(name).method.name, first.lstrip("# ")))
-    table("recipes", ("name", "method", "what for"), rows)
+    listing("recipes: name, method, what for", rows)
