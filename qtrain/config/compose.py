@@ -44,7 +44,7 @@ def load_recipe(recipe: str | Path | None = None, *overrides: str) -> Config:
     chosen = read_recipe(recipe) if recipe is not None else OmegaConf.create()
     given = parse_overrides(overrides)
     try:
-        merged = OmegaConf.merge(_without_foreign_keys(chosen, given), given)
+        merged = OmegaConf.merge(_put_aside(chosen, given), given)
         content = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0], where=str(recipe or "overrides")) from None
@@ -147,8 +147,8 @@ def _registered(values: Any, registry: Registry[Any], key: str, section: type[Se
     return cls
 
 
-def _without_foreign_keys(recipe: DictConfig, given: DictConfig) -> DictConfig:
-    """The recipe less the keys of a method or format that an override puts aside."""
+def _put_aside(recipe: DictConfig, given: DictConfig) -> DictConfig:
+    """The recipe less what an override replaces: keys of another method or format, the directory of another run."""
     kept = OmegaConf.to_container(recipe)
     assert isinstance(kept, dict)
     registries: tuple[tuple[str, Registry[type[MethodSection]] | Registry[type[ExportSection]], str], ...]
@@ -158,6 +158,9 @@ def _without_foreign_keys(recipe: DictConfig, given: DictConfig) -> DictConfig:
         if old and new and old != new and new in registry.names():
             fields = registry.get(new).model_fields
             kept[section] = {name: value for name, value in kept[section].items() if name in fields}
+    directory, name = OmegaConf.select(recipe, "run.dir"), OmegaConf.select(given, "run.name")
+    if directory and name:
+        kept["run"]["dir"] = str(Path(directory).with_name(str(name)))  # beside the run that is repeated
     return OmegaConf.create(kept)
 
 

@@ -226,6 +226,13 @@ def test_a_saved_config_neither_overwrites_nor_resumes(tmp_path: Path) -> None:
     assert (again.run.overwrite, again.run.resume) == (False, False)
 
 
+def test_another_name_is_a_directory_beside_the_first(tmp_path: Path) -> None:
+    save_config(load_recipe("demo", "run.dir=out/first"), tmp_path / "config.yaml")
+    assert load_recipe(tmp_path / "config.yaml").run.dir == "out/first"
+    assert load_recipe(tmp_path / "config.yaml", "run.name=again").run.dir == "out/again"
+    assert load_recipe(tmp_path / "config.yaml", "run.name=again", "run.dir=x").run.dir == "x"
+
+
 def test_values_stay_checked_on_assignment() -> None:
     config = load_recipe()
     with pytest.raises(ValueError, match="greater than 0"):
