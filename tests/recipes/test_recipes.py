@@ -1,0 +1,81 @@
+"""Each recipe is short, composes, and holds only what differs from the defaults."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from qtrain.cli import main
+from qtrain.config.compose import load_recipe, recipe_names, save_config
+
+RECIPES = Path(__file__).parent.parent.parent / "recipes"
+NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+TAGS = {("method", "name"), ("export", "format")}
+"""Keys that say which keys there are: they may be written though they are the default."""
+
+
+def content(name: str) -> dict[str, Any]:
+    loaded = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+def test_these_recipes_come_with_qtrain() -> None:
+    assert {"demo", "qlora_llama", "qlora_llama_70b", "lora_llama"} <= set(NAMES)
+    assert recipe_names() == NAMES
+    assert {file.name for file in files("qtrain.recipes").iterdir()} >= {f"{name}.yaml" for name in NAMES}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipe_is_short_and_says_what_it_is_for(name: str) -> None:
+    lines = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    assert 10 <= len(lines) <= 25
+    assert lines[0].startswith("# ") and len(lines[0]) > 20
+    assert not lines[1].startswith("#")
+    assert max(map(len, lines)) <= 120
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipe_composes_to_what_it_says(name: str) -> None:
+    config = load_recipe(name)
+    assert config.recipe == name
+    for section, keys in content(name).items():
+        resolved = getattr(config, section)
+        for key, value in keys.items():
+            assert (resolved[key] if section == "trainer" else getattr(resolved, key)) == value, f"{section}.{key}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipe_holds_only_what_differs(name: str) -> None:
+    config = load_recipe(name)
+    defaults = []
+    for section, keys in content(name).items():
+        if section == "trainer":  # lightning's defaults are None and "auto", or what trainer_arguments() decides
+            defaults += [key for key, value in keys.items() if value in (None, "auto")]
+            continue
+        fields = type(getattr(config, section)).model_fields
+        for key, value in keys.items():
+            if (section, key) not in TAGS and value == fields[key].get_default(call_default_factory=True):
+                defaults.append(f"{section}.{key}={value}")
+    assert not defaults
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_resolved_recipe_is_a_recipe(name: str, tmp_path: Path) -> None:
+    config = load_recipe(name)
+    save_config(config, tmp_path / "config.yaml")
+    assert load_recipe(tmp_path / "config.yaml") == config
+
+
+def test_command_line_lists_them_with_their_first_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for name in NAMES:
+        first = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        assert f" {name} " in f" {shown} "
+        for word in first.split()[:3]:
+            assert word in shown
