@@ -14,6 +14,17 @@ OUTLIER_THRESHOLD = 6.0
 """Input columns with an entry above this run in 16 bits (LLM.int8(), Dettmers 2022, arXiv 2208.07339)."""
 
 
+class _Linear8bit(bnb.nn.Linear8bitLt):
+    """LLM.int8() that keeps its scales when PEFT moves the weight, as its DoRA does on a CPU at each forward."""
+
+    weight: bnb.nn.Int8Params
+
+    def init_8bit_state(self) -> None:
+        if self.weight.SCB is not None:  # a moved weight brings codes without scales; both are in the state already
+            self.state.CB, self.state.SCB = self.weight.CB, self.weight.SCB
+        self.weight.CB = self.weight.SCB = None
+
+
 def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """(name, layer) of every linear of the decoder, in order; the output head is none of them."""
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
@@ -36,7 +47,7 @@ def freeze_linear(
     bias = linear.bias is not None
     frozen: bnb.nn.Linear4bit | bnb.nn.Linear8bitLt
     if base == "int8":
-        frozen = bnb.nn.Linear8bitLt(
+        frozen = _Linear8bit(
             linear.in_features,
             linear.out_features,
             bias,

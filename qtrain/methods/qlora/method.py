@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import load_peft_weights
 from torch import nn
@@ -20,6 +20,7 @@ from qtrain.methods.method import Method, Progress
 from qtrain.methods.qlora.config import QLoraOptions
 from qtrain.methods.qlora.merge import merged_weight
 from qtrain.methods.qlora.neftune import add_neftune
+from qtrain.methods.qlora.orthogonal import start_orthogonal
 from qtrain.modules.deployed import DeployedModel, DeployedTensor
 from qtrain.modules.frozen_linear import linears, quantize_base
 
@@ -66,11 +67,15 @@ class QLora(Method[QLoraOptions]):
             target_modules=targets,
             use_rslora=options.rslora,
             use_dora=options.dora,
-            init_lora_weights=True if options.lora_init == "default" else options.lora_init,
+            init_lora_weights="gaussian" if options.lora_init == "gaussian" else True,
             task_type="CAUSAL_LM",
         )
         adapted = get_peft_model(model, config)
         assert isinstance(adapted, PeftModel)
+        if options.lora_init == "orthogonal":
+            for module in adapted.modules():
+                if isinstance(module, LoraLayer):
+                    start_orthogonal(module, ADAPTER)
         if options.neftune_alpha is not None:
             add_neftune(model, options.neftune_alpha)
         return adapted
@@ -92,17 +97,24 @@ class QLora(Method[QLoraOptions]):
             model.save_pretrained(str(temporary), save_embedding_layers=False)
 
     def restore(self, model: nn.Module, directory: Path) -> None:
-        """Load the adapter's weights; names that do not fit are an error."""
+        """Load the adapter's weights.
+
+        Raises:
+            ModelError: names or shapes that are not those of ``model``.
+        """
         weights = load_peft_weights(str(directory), device="cpu")
-        result: Any = set_peft_model_state_dict(model, weights)
-        missing = [name for name in result.missing_keys if "lora_" in name]
-        if missing or result.unexpected_keys:
-            name = (missing or result.unexpected_keys)[0]
+        saved = {name: tuple(value.shape) for name, value in weights.items()}
+        own = get_peft_model_state_dict(model, save_embedding_layers=False)
+        wanted = {name: tuple(value.shape) for name, value in own.items()}
+        if saved != wanted:
+            name = sorted(saved.items() ^ wanted.items())[0][0]
             raise ModelError(
-                f"the adapter does not fit this model: {name}",
+                f"the adapter does not fit this model: {name} is {saved.get(name, 'absent')} there, "
+                f"{wanted.get(name, 'absent')} here",
                 where=str(directory),
                 rule="method.r, method.target_modules and model.path must be those of the training",
             )
+        set_peft_model_state_dict(model, weights)
 
     def plain_model(self, model: nn.Module) -> PreTrainedModel:
         """The transformers model that holds the adapters."""
