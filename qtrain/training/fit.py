@@ -60,7 +60,9 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
     module.trainer = trainer
     module.build(trainer.strategy.root_device)
     assert module.model is not None
-    say([*module.method.lines(module.model), f"loss        {module.loss_path}", _precision_line(trainer)], title="model")
+    say(
+        [*module.method.lines(module.model), f"loss        {module.loss_path}", _precision_line(trainer)], title="model"
+    )
     before = _held_out(trainer, module, data) if validated and checkpoint is None else {}
     say(f"to {_goal(trainer, data)}, from {f'step {step}' if checkpoint else 'the start'}", title="training")
     trained_from = time.monotonic()
@@ -111,7 +113,11 @@ def trainer_arguments(config: Config) -> dict[str, Any]:
     )
     precision = "bf16-mixed" if compute == torch.bfloat16 else "32-true"
     asked = given.pop("precision", None)
-    if asked is not None and str(asked) not in (precision, precision.removesuffix("-true"), precision.removesuffix("-mixed")):
+    if asked is not None and str(asked) not in (
+        precision,
+        precision.removesuffix("-true"),
+        precision.removesuffix("-mixed"),
+    ):
         raise ConfigError(
             f"trainer.precision={asked} contradicts products in {str(compute).removeprefix('torch.')}",
             rule="precision has one owner: method.compute_dtype (and model.dtype for storage)",
@@ -164,5 +170,3 @@ def _device_name(device: torch.device) -> str:
 
 def _number(value: Any) -> float | None:
     return None if value is None else float(value)
-
-

@@ -66,7 +66,9 @@ class LanguageModule(L.LightningModule):
     @property
     def base_fingerprint(self) -> str | None:
         """Which base the checkpoint belongs to."""
-        return fingerprint(find_model(self.config.model), self.config.model.revision) if self.config.model.path else None
+        return (
+            fingerprint(find_model(self.config.model), self.config.model.revision) if self.config.model.path else None
+        )
 
     def configure_model(self) -> None:
         """Load, quantize, add what trains: once, on the device of the strategy."""
