@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from qtrain.errors import ModelError
@@ -43,7 +44,7 @@ def load_model(section: ModelSection, dtype: torch.dtype, *, device: torch.devic
             trust_remote_code=section.trust_remote_code,
             use_safetensors=None if source.kind == "gguf" else True,
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise _unreadable("model", source, error) from None
     if source.kind == "gguf":
         model = _plain(model)
@@ -78,10 +79,10 @@ def _revision(section: ModelSection) -> str:
 
 
 def _unreadable(what: str, source: ModelSource, error: Exception) -> ModelError:
-    reason = " ".join(str(error).split())[:400]
+    reason = " ".join(str(error).split())
     fix = None
     if "trust_remote_code" in reason:
         fix = "read that code, then model.trust_remote_code=true"
     elif source.kind == "hub":
         fix = "check the id, the network and the login (hf auth login); a directory works without either"
-    return ModelError(f"{what} of {source.location} cannot be loaded: {reason}", fix=fix)
+    return ModelError(f"{what} of {source.location} cannot be loaded: {reason[:400]}", fix=fix)

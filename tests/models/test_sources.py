@@ -137,7 +137,8 @@ def test_a_large_file_is_sampled_from_its_beginning_to_its_end(tmp_path: Path) -
     file = tmp_path / "large.gguf"
     content = bytearray(BLOCK * 80)
     seen = set()
-    for position in (None, 0, BLOCK * 40, len(content) - 1):
+    middle = 79 * BLOCK * 32 // 63  # where the 33rd of 64 blocks begins
+    for position in (None, 0, middle, len(content) - 1):
         changed = bytearray(content)
         if position is not None:
             changed[position] = 1
