@@ -5,7 +5,7 @@
     data = qtrain.LanguageData(config.data, module.tokenizer, seed=config.run.seed)
     lightning.Trainer(**qtrain.trainer_arguments(config)).fit(module, data)
 
-or the whole of it, with run directory and report: ``qtrain.fit(config)``, then ``qtrain.export(config)``.
+or the whole of it, with run directory and report: ``qtrain.fit(config)``, then ``qtrain.export_run(config)``.
 """
 
 from __future__ import annotations
@@ -17,36 +17,37 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from qtrain.config.compose import load_recipe
     from qtrain.data.datamodule import LanguageData
-    from qtrain.export.config import FORMATS as export_formats
-    from qtrain.methods.config import METHODS as methods
+    from qtrain.export.config import FORMATS as EXPORT_FORMATS
+    from qtrain.methods.config import METHODS
     from qtrain.numerics.spec import QuantSpec
-    from qtrain.training.api import export, fit, prepare
+    from qtrain.training.api import export_run, fit, prepare
     from qtrain.training.fit import trainer_arguments
     from qtrain.training.module import LanguageModule
 
+# No name here may be a subpackage's: importing that one would take its place.
 _HOMES = {
+    "EXPORT_FORMATS": "qtrain.export.config:FORMATS",
     "LanguageData": "qtrain.data.datamodule:LanguageData",
     "LanguageModule": "qtrain.training.module:LanguageModule",
+    "METHODS": "qtrain.methods.config:METHODS",
     "QuantSpec": "qtrain.numerics.spec:QuantSpec",
-    "export": "qtrain.training.api:export",
-    "export_formats": "qtrain.export.config:FORMATS",
+    "export_run": "qtrain.training.api:export_run",
     "fit": "qtrain.training.api:fit",
     "load_recipe": "qtrain.config.compose:load_recipe",
-    "methods": "qtrain.methods.config:METHODS",
     "prepare": "qtrain.training.api:prepare",
     "trainer_arguments": "qtrain.training.fit:trainer_arguments",
 }
 
 __all__ = [
+    "EXPORT_FORMATS",
+    "METHODS",
     "LanguageData",
     "LanguageModule",
     "QuantSpec",
     "__version__",
-    "export",
-    "export_formats",
+    "export_run",
     "fit",
     "load_recipe",
-    "methods",
     "prepare",
     "trainer_arguments",
 ]

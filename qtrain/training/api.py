@@ -15,7 +15,7 @@ from qtrain.errors import ErrorList
 from qtrain.methods.config import METHODS
 from qtrain.methods.method import build_method
 from qtrain.models.dtype import resolve_dtypes
-from qtrain.training.export_run import export_run
+from qtrain.training.export_run import export_run as export_into
 from qtrain.training.fit import fit as fit_run
 from qtrain.training.run_directory import RunDirectory
 
@@ -29,7 +29,7 @@ def prepare(
 
     Args:
         model: of transformers, on any device; it is changed.
-        method: a name of ``qtrain.methods``.
+        method: a name of ``qtrain.METHODS``.
         device: where the result lies; default: where the model is.
         options: the method's keys: ``base="nf4", r=16, target_modules=["q_proj", "v_proj"]``.
 
@@ -52,6 +52,6 @@ def fit(config: Config) -> dict[str, Any]:
     return fit_run(config, RunDirectory.of(config))
 
 
-def export(config: Config) -> dict[str, Any]:
+def export_run(config: Config) -> dict[str, Any]:
     """Export the run of ``config`` as ``qtrain export`` does; the facts of export.json."""
-    return export_run(config, RunDirectory.of(config))
+    return export_into(config, RunDirectory.of(config))

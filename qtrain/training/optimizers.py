@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from qtrain.config.schema import OptimizerSection
+from qtrain.errors import ConfigError
 
 EIGHT_BIT = {
     "adamw_8bit": bnb.optim.AdamW8bit,
@@ -35,16 +36,27 @@ def build_optimizer(groups: list[dict[str, Any]], section: OptimizerSection) -> 
 
 
 def lr_factor(step: int, section: OptimizerSection, total: float) -> float:
-    """Factor on lr at ``step`` of ``total`` (inf where unknown): linear warm-up, then the schedule down to 0."""
-    warmup = section.warmup if section.warmup >= 1 else (section.warmup * total if section.warmup else 0)
+    """Factor on lr at ``step`` of ``total``: linear warm-up over whole steps, then the schedule down to 0."""
+    warmup = math.ceil(section.warmup if section.warmup >= 1 or not section.warmup else section.warmup * total)
     if step < warmup:
-        return (step + 1) / warmup if warmup >= 1 else 1.0
-    if section.schedule == "constant" or math.isinf(total):
+        return (step + 1) / warmup
+    if section.schedule == "constant":
         return 1.0
     progress = min(1.0, (step - warmup) / max(1.0, total - warmup))
     return 1 - progress if section.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def build_schedule(optimizer: Optimizer, section: OptimizerSection, total: float) -> LambdaLR:
-    """``lr_factor`` as a scheduler that steps with the optimizer."""
+    """``lr_factor`` as a scheduler that steps with the optimizer.
+
+    Raises:
+        ConfigError: ``total`` is infinite and the schedule or a share of warm-up depends on it.
+    """
+    if math.isinf(total) and (section.schedule != "constant" or 0 < section.warmup < 1):
+        depends = f"schedule={section.schedule}" if section.schedule != "constant" else f"warmup={section.warmup}"
+        raise ConfigError(
+            f"optimizer.{depends} depends on the number of steps, which is not known here",
+            rule="streams and trainer.max_time have no known end",
+            fix="trainer.max_steps=N, or optimizer.schedule=constant with optimizer.warmup in whole steps",
+        )
     return LambdaLR(optimizer, lambda step: lr_factor(step, section, total))
