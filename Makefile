@@ -1,4 +1,4 @@
-# make demo | test | check | test-slow | test-gpu | test-peer | bench
+# make demo | test | check | coverage | test-slow | test-gpu | test-peer | clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +10,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
-.PHONY: install demo test check test-slow test-gpu test-peer clean
+.PHONY: install demo test check coverage test-slow test-gpu test-peer clean
 install: $(STAMP)
 
 MODEL := $(VENV)/.model

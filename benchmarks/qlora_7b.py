@@ -122,7 +122,9 @@ def ours(directory: str, text: str, length: int) -> None:
     subprocess.run([sys.executable, "-m", "qtrain", *words], check=True)
     fit = json.loads(Path("runs/qlora_7b/fit.json").read_text())
     keep = {key: fit[key] for key in ("tokens_per_second", "peak_gib", "mfu", "train_seconds", "device")}
-    print("RESULT", json.dumps({"case": "qtrain fit", **keep, "seconds": round(time.perf_counter() - begin)}), flush=True)
+    print(
+        "RESULT", json.dumps({"case": "qtrain fit", **keep, "seconds": round(time.perf_counter() - begin)}), flush=True
+    )
 
 
 def synchronize(on_gpu: bool) -> None:

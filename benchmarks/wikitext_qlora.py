@@ -55,12 +55,13 @@ def main(model: str, valid: str, test: str, *rest: str) -> None:
         "|---|---|---|",
         f"| SmolLM2-135M-Instruct, as stored | {base:.2f} | |",
         f"| QLoRA r 16, NF4 base, 200 steps of 4 x 512 | {trained:.2f} | {trained / base:.3f} of the base |",
-        f"| the same, exported as int4 g32 (compressed-tensors) | {exported:.2f} | {exported / trained:.3f} of the trained |",
+        f"| exported as int4 g32 (compressed-tensors) | {exported:.2f} | {exported / trained:.3f} of the trained |",
         "",
         f"KL of the export to the trained model, on 16 windows of the training text: {export['kl']:.4f} nats a token,",
         f"the same likeliest token at {export['top1']:.1%} of the positions.",
-        f"{fit['device']}, {fit['tokens_per_second']:,.0f} tokens/s, {fit['peak_gib']:.2f} GiB; {time.monotonic() - begin:.0f} s in all.",
-        f"Settings: {' '.join(settings[:-2 - len(overrides)] + overrides)}",
+        f"{fit['device']}, {fit['tokens_per_second']:,.0f} tokens/s, {fit['peak_gib']:.2f} GiB;",
+        f"{time.monotonic() - begin:.0f} s in all.",
+        f"Settings: {' '.join(settings[: -2 - len(overrides)] + overrides)}",
     ]
     print("\n".join(rows), flush=True)
     if report:

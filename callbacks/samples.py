@@ -23,7 +23,7 @@ COLUMNS = ["step", "prompt", "text"]
 
 
 class SampleGenerations(Callback):
-    """Answers ``prompts`` before training and after each validation of a fit.
+    """Answers ``prompts`` before training, after each validation of a fit, and at its end.
 
     Prints a table, appends ``{step, prompt, text}`` lines to ``DIR/samples.jsonl``, and logs a table to W&B where the
     run has it. Random generators are left as they were: training is the same to the bit with and without this.
@@ -49,6 +49,7 @@ class SampleGenerations(Callback):
         self.prompts, self.dir = list(prompts), dir
         self.section = section or GenerateSection.model_validate({})
         self._tokenizer = tokenizer
+        self._latest_step = -1
 
     def model(self, pl_module: LightningModule) -> PreTrainedModel:
         """What generates: ``pl_module.model``, else the module itself; override for other names."""
@@ -80,10 +81,16 @@ class SampleGenerations(Callback):
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._sample(trainer, pl_module)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What it says in the end, where no validation has just asked."""
+        if self._latest_step != trainer.global_step:
+            self._sample(trainer, pl_module)
+
     def _sample(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Every process generates: with sharded weights a forward pass needs them all.
         with trainer.precision_plugin.forward_context():
             answers = generate(self.model(pl_module), self.tokenizer(pl_module), self.prompts, self.section)
+        self._latest_step = trainer.global_step
         if not trainer.is_global_zero:
             return
         step = trainer.global_step

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from qtrain.errors import CheckpointError
 from qtrain.training.random_state import random_state, set_random_state
@@ -43,11 +46,24 @@ class TrainableCheckpoint(ModelCheckpoint):
         )
         self.fingerprint = fingerprint
         self._random_state: dict[str, Any] | None = None
+        self._check: RemovableHandle | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let Lightning accept a state without the base; what must be there is checked here."""
         super().setup(trainer, pl_module, stage)
         pl_module.strict_loading = False
+        if stage == "fit":
+            # Lightning loads the weights before it asks callbacks: shapes that differ would end in torch's own words.
+            def compare(module: nn.Module, state: Mapping[str, Tensor], *_: Any) -> None:
+                _check_fit(module, state, _where(trainer))
+
+            self._check = pl_module.register_load_state_dict_pre_hook(compare)  # type: ignore[no-untyped-call]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Weights are restored by now: what is loaded later is no business of this callback."""
+        if self._check is not None:
+            self._check.remove()
+            self._check = None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Drop what is frozen; add the random states and the base's fingerprint."""
@@ -56,9 +72,9 @@ class TrainableCheckpoint(ModelCheckpoint):
         checkpoint[KEY] = {"fingerprint": self._fingerprint(pl_module), "random_state": random_state()}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Compare names, shapes and the base; Lightning itself ignores what does not fit, silently."""
+        """Compare the base; names and shapes are compared when the weights are loaded."""
         own = checkpoint.get(KEY)
-        where = str(getattr(trainer, "ckpt_path", None) or "checkpoint")
+        where = _where(trainer)
         if own is None:
             raise CheckpointError(
                 "this checkpoint was not written by TrainableCheckpoint: it has no random states and no fingerprint",
@@ -72,16 +88,6 @@ class TrainableCheckpoint(ModelCheckpoint):
                 where=where,
                 fix="set model.path (and model.revision) to the base of that run",
             )
-        saved = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
-        wanted = {name: tuple(p.shape) for name, p in pl_module.named_parameters() if p.requires_grad}
-        if saved != wanted:
-            name = sorted(set(saved.items()) ^ set(wanted.items()))[0][0]
-            raise CheckpointError(
-                f"{name} is {saved.get(name, 'absent')} in the checkpoint and {wanted.get(name, 'absent')} here",
-                where=where,
-                rule="what trains must be what was saved",
-                fix="resume with the method.* keys of the first run",
-            )
         self._random_state = own["random_state"]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -90,13 +96,39 @@ class TrainableCheckpoint(ModelCheckpoint):
             set_random_state(self._random_state)
             self._random_state = None
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the last step too."""
-        if not self._should_skip_saving_checkpoint(trainer):
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save when it is time, and at the last step.
+
+        Here and not in ``on_train_end``: when a run stops in the middle of an epoch, Lightning counts that epoch as
+        done before it calls that, and a resumed run would skip the rest of it.
+        """
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        last = trainer.should_stop or trainer.global_step == trainer.max_steps
+        if last and not self._should_skip_saving_checkpoint(trainer):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def _fingerprint(self, pl_module: LightningModule) -> str | None:
         return self.fingerprint or getattr(pl_module, "base_fingerprint", None)
+
+
+def _where(trainer: Trainer) -> str:
+    return str(getattr(trainer, "ckpt_path", None) or "checkpoint")
+
+
+def _check_fit(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """Compare names and shapes with what trains; Lightning itself ignores what is absent, silently."""
+    saved = {name: tuple(value.shape) for name, value in state.items()}
+    wanted = {name: tuple(p.shape) for name, p in module.named_parameters() if p.requires_grad}
+    if saved != wanted:
+        name = sorted(saved.items() ^ wanted.items())[0][0]
+        raise CheckpointError(
+            f"{name} is {saved.get(name, 'absent')} in the checkpoint and {wanted.get(name, 'absent')} here",
+            where=where,
+            rule="what trains must be what was saved",
+            fix="resume with the method.* keys of the first run",
+        )
 
 
 def read_checkpoint(path: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pydantic import InstanceOf
 
 OWNED = {
     "logger": "wandb.* decides on W&B, and metrics.csv is always written",
-    "callbacks": "the Python API takes callbacks: from qtrain.callbacks import ...",
+    "callbacks": "the Python API: lightning.Trainer(callbacks=[...])",
     "default_root_dir": "run.dir",
     "enable_checkpointing": "run.save_every",
     "plugins": "the Python API: lightning.Trainer(plugins=...)",

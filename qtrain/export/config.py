@@ -21,6 +21,9 @@ class ExportSection(Section):
 
     format: str = Field("compressed-tensors", description="layout of the exported directory")
     dir: str | None = Field(None, description="where to; default: RUN/export/FORMAT")
+    dtype: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="of tensors that stay unquantized: auto is as they were stored in training"
+    )
     evaluate: bool = Field(True, description="measure KL, top-1 agreement and perplexity against the trained model")
     evaluate_windows: int = Field(16, ge=1, description="held-out text for that: so many times data.max_length tokens")
     max_shard_size: str = Field("1GB", description="largest file of weights; also bounds the memory of the export")

@@ -87,8 +87,9 @@ def _deployed(module: LanguageModule, config: Config, base: str) -> DeployedMode
     weights: Mapping[str, Tensor] | None = None
     if base == "original":
         weights = load_model(config.model, torch.float32).state_dict()
-    dtype = DTYPES["fp32"] if module.dtype == torch.float32 else torch.bfloat16
     assert module.model is not None
+    embeddings = module.method.plain_model(module.model).get_input_embeddings()
+    dtype = DTYPES.get(config.export.dtype, next(embeddings.parameters()).dtype)
     return module.method.deployed(module.model, dtype=dtype, base=weights)
 
 

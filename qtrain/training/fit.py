@@ -45,6 +45,10 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
     step = read_checkpoint(str(checkpoint))["global_step"] if checkpoint else None
     if config.run.resume and checkpoint is None:
         say(f"no checkpoint in {run.checkpoints} yet: starting from the beginning")
+    if _finished(step, config, run):
+        say(f"this run has its {step} steps already: nothing to do (a larger trainer.max_steps goes on)")
+        found: dict[str, Any] = json.loads(run.result("fit").read_text(encoding="utf-8"))
+        return found
     save_config(config, run.config)
     write_json(run.result("data"), data.summary.to_dict())
     L.seed_everything(config.run.seed, verbose=False)
@@ -60,9 +64,8 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
     module.trainer = trainer
     module.build(trainer.strategy.root_device)
     assert module.model is not None
-    say(
-        [*module.method.lines(module.model), f"loss        {module.loss_path}", _precision_line(trainer)], title="model"
-    )
+    facts = [f"loss        {module.loss_path}", _products(trainer)]
+    say([*module.method.lines(module.model), *facts], title="model")
     before = _held_out(trainer, module, data) if validated and checkpoint is None else {}
     say(f"to {_goal(trainer, data)}, from {f'step {step}' if checkpoint else 'the start'}", title="training")
     trained_from = time.monotonic()
@@ -160,12 +163,19 @@ def _goal(trainer: L.Trainer, data: LanguageData) -> str:
     return f"{trainer.max_steps} steps" if trainer.max_steps != -1 else f"{trainer.max_epochs} epochs"
 
 
-def _precision_line(trainer: L.Trainer) -> str:
-    return f"products    {'bf16' if 'bf16' in str(trainer.precision) else 'fp32'} on {_device_name(trainer.strategy.root_device)}"
+def _products(trainer: L.Trainer) -> str:
+    kind = "bf16" if "bf16" in str(trainer.precision) else "fp32"
+    return f"products    {kind} on {_device_name(trainer.strategy.root_device)}"
 
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def _finished(step: int | None, config: Config, run: RunDirectory) -> bool:
+    """Whether the checkpoint to go on from is the last step that was asked for."""
+    limit = config.trainer.get("max_steps", -1)
+    return step is not None and 0 < limit <= step and run.result("fit").exists()
 
 
 def _number(value: Any) -> float | None:

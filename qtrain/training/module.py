@@ -115,7 +115,7 @@ class LanguageModule(L.LightningModule):
         self._window.clear()
         world = self.trainer.world_size
         if world > 1:
-            total = self.all_gather(total).view(world, 2).sum(0)
+            total = torch.as_tensor(self.all_gather(total)).view(world, 2).sum(0)
         loss, tokens = total[0], total[1].clamp(min=1)
         # Lightning divided each loss by the number of micro-batches, and DDP averages over ranks: both undone here.
         scale = (self.trainer.accumulate_grad_batches * world / tokens).float()
@@ -168,7 +168,7 @@ class LanguageModule(L.LightningModule):
     def _log_held_out(self, split: str) -> None:
         total = torch.stack(self._validation).sum(0)
         if self.trainer.world_size > 1:
-            total = self.all_gather(total).view(-1, 2).sum(0)
+            total = torch.as_tensor(self.all_gather(total)).view(-1, 2).sum(0)
         loss = float(total[0] / total[1].clamp(min=1))
         self.log(f"{split}/loss", loss, prog_bar=True)
         self.log(f"{split}/perplexity", math.exp(min(loss, 80.0)))

@@ -40,7 +40,8 @@ def _measure(request: Request, verb: str, limit: str) -> None:
     data.setup(verb)
     loader = data.val_dataloader() if verb == "validate" else data.test_dataloader()
     assert isinstance(loader, Sized)
-    wanted = config.trainer.get(limit, 1.0)
+    wanted = config.trainer.get(limit)
+    wanted = 1.0 if wanted is None else wanted
     number = wanted if isinstance(wanted, int) else int(len(loader) * wanted)
     with subject.forward_context(), torch.no_grad():
         loss, path = choose_loss(subject.plain)

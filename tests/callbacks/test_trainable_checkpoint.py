@@ -1,0 +1,151 @@
+"""Checkpoints hold what trains, go on bit-exactly, and are refused where they do not belong."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from qtrain.callbacks.trainable_checkpoint import TrainableCheckpoint, read_checkpoint
+from qtrain.errors import CheckpointError
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty:UserWarning"),  # resuming is just that
+]
+
+
+class Frozen(L.LightningModule):
+    """A frozen layer, a trained one, and noise from all three kinds of generators."""
+
+    def __init__(self, width: int = 4, fingerprint: str | None = "base-1") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.base = nn.Linear(8, 8).requires_grad_(False)
+        self.adapter = nn.Linear(8, width)
+        self.base_fingerprint = fingerprint
+        self.losses: list[float] = []
+
+    def training_step(self, batch: Tensor, _: int) -> Tensor:
+        x = nn.functional.dropout(self.base(batch), 0.5) * (1 + random.random() + np.random.rand())
+        loss = self.adapter(x).square().mean()
+        self.losses.append(float(loss.detach()))
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW((p for p in self.parameters() if p.requires_grad), lr=1e-2)
+
+
+def run(
+    module: Frozen, directory: Path, steps: int, *, resume: Path | None = None, seed: int = 1, **keys: Any
+) -> Frozen:
+    L.seed_everything(seed, verbose=False)
+    trainer = L.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[TrainableCheckpoint(str(directory), **{"every_n_train_steps": 2, **keys})],
+    )
+    rows = torch.randn(20, 8, generator=torch.Generator().manual_seed(7))
+    # Its own generator: a loader draws from the global one whenever it starts, resumed runs once more than others.
+    loader = DataLoader(list(rows), batch_size=2, generator=torch.Generator())
+    trainer.fit(module, loader, ckpt_path=resume, weights_only=True)
+    return module
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(file.name for file in directory.iterdir())
+
+
+def test_the_last_ones_stay_and_the_last_step_is_among_them(tmp_path: Path) -> None:
+    run(Frozen(), tmp_path, 7, keep=2)
+    assert names(tmp_path) == ["step-000006.ckpt", "step-000007.ckpt"]
+
+
+def test_without_an_interval_it_is_the_end_of_each_epoch(tmp_path: Path) -> None:
+    run(Frozen(), tmp_path, 25, keep=9, every_n_train_steps=0)  # ten steps an epoch
+    assert names(tmp_path) == ["step-000010.ckpt", "step-000020.ckpt", "step-000025.ckpt"]
+
+
+def test_it_holds_what_trains_as_plain_data(tmp_path: Path) -> None:
+    module = run(Frozen(), tmp_path, 2)
+    content = torch.load(tmp_path / "step-000002.ckpt", weights_only=True)
+    assert set(content["state_dict"]) == {"adapter.weight", "adapter.bias"}
+    assert torch.equal(content["state_dict"]["adapter.weight"], module.adapter.weight)
+    assert content["qtrain"]["fingerprint"] == "base-1"
+    assert read_checkpoint(str(tmp_path / "step-000002.ckpt"))["global_step"] == 2
+
+
+def test_a_run_goes_on_bit_exactly(tmp_path: Path) -> None:
+    # Over the end of an epoch of ten steps: torch's own loader cannot start in the middle of one.
+    straight = run(Frozen(), tmp_path / "a", 16)
+    first = run(Frozen(), tmp_path / "b", 10)
+    # Another seed: whatever is drawn before the first batch must not count.
+    second = run(Frozen(), tmp_path / "b", 16, resume=tmp_path / "b" / "step-000010.ckpt", seed=99)
+    assert first.losses + second.losses == straight.losses
+    assert torch.equal(second.adapter.weight, straight.adapter.weight)
+
+
+def more_trained() -> Frozen:
+    module = Frozen()
+    module.base.bias.requires_grad_(True)
+    return module
+
+
+def less_trained() -> Frozen:
+    module = Frozen()
+    module.adapter.bias.requires_grad_(False)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda: Frozen(fingerprint="base-2"), "another base"),
+        (lambda: Frozen(width=5), r"adapter\.(bias|weight) is \(4"),
+        (more_trained, r"base\.bias is absent in the checkpoint and \(8,\) here"),
+        (less_trained, r"adapter\.bias is \(4,\) in the checkpoint and absent here"),
+    ],
+    ids=["another-base", "another-shape", "more-trains", "less-trains"],
+)
+def test_it_is_refused_where_it_does_not_belong(other: Any, message: str, tmp_path: Path) -> None:
+    run(Frozen(), tmp_path, 2)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        run(other(), tmp_path, 4, resume=tmp_path / "step-000002.ckpt")
+    assert "step-000002.ckpt" in str(caught.value)
+
+
+def test_after_training_any_weights_may_be_loaded(tmp_path: Path) -> None:
+    module = run(Frozen(), tmp_path, 2)
+    module.load_state_dict(Frozen().state_dict())
+
+
+def test_a_checkpoint_of_lightning_alone_is_refused(tmp_path: Path) -> None:
+    run(Frozen(), tmp_path, 2)
+    content = torch.load(tmp_path / "step-000002.ckpt", weights_only=True)
+    del content["qtrain"]
+    torch.save(content, tmp_path / "plain.ckpt")
+    with pytest.raises(CheckpointError, match="not written by TrainableCheckpoint"):
+        run(Frozen(), tmp_path, 4, resume=tmp_path / "plain.ckpt")
+
+
+def test_damaged_absent_and_pickled_files(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        read_checkpoint(str(tmp_path / "none.ckpt"))
+    run(Frozen(), tmp_path, 2)
+    path = tmp_path / "step-000002.ckpt"
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_checkpoint(str(path))
+    torch.save({"object": Frozen()}, tmp_path / "pickle.ckpt")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_checkpoint(str(tmp_path / "pickle.ckpt"))
