@@ -32,6 +32,7 @@ class DataSection(Section):
     packing: bool = Field(True, description="several samples in a row, isolated exactly; false pads instead")
     streaming: bool = Field(False, description="read `train` as training goes on, for what does not fit in memory")
     batch_size: int = Field(4, ge=1, description="rows in a micro-batch")
+    eval_batch_size: int | None = Field(None, ge=1, description="the same without gradients; default: batch_size")
     shuffle: bool = Field(True, description="a new order each epoch, decided by run.seed")
     workers: int = Field(0, ge=0, description="processes that prepare batches")
 

@@ -142,7 +142,7 @@ class LanguageData(lightning.LightningDataModule):
             prepared.store,
             prepared.rows,
             self._collate(packing=self.section.packing and split != "predict"),
-            batch_size=self.section.batch_size,
+            batch_size=self.section.batch_size if split == "train" else self._eval_batch_size,
             shuffle=shuffle,
             seed=self.seed,
             workers=self.section.workers,
@@ -157,6 +157,10 @@ class LanguageData(lightning.LightningDataModule):
         if packing:
             return partial(collate_packed, pad=pad, length=self.section.max_length)
         return partial(collate_padded, pad=pad)
+
+    @property
+    def _eval_batch_size(self) -> int:
+        return self.section.eval_batch_size or self.section.batch_size
 
     @property
     def _rank(self) -> int:

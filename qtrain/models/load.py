@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
+from io import StringIO
 from pathlib import Path
 
 import torch
@@ -36,14 +38,15 @@ def load_model(section: ModelSection, dtype: torch.dtype, *, device: torch.devic
     source = find_model(section)
     attention = {} if section.attention == "auto" else {"attn_implementation": section.attention}
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            **source.loader_arguments,
-            **attention,
-            dtype=dtype,
-            revision=_revision(section),
-            trust_remote_code=section.trust_remote_code,
-            use_safetensors=None if source.kind == "gguf" else True,
-        )
+        with _without_bars(section):
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                **source.loader_arguments,
+                **attention,
+                dtype=dtype,
+                revision=_revision(section),
+                trust_remote_code=section.trust_remote_code,
+                use_safetensors=None if source.kind == "gguf" else True,
+            )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise _unreadable("model", source, error) from None
     if source.kind == "gguf":
@@ -57,6 +60,11 @@ def is_quantized_export(section: ModelSection) -> bool:
     """Whether ``model.path`` is a directory whose weights transformers itself unpacks."""
     source = find_model(section)
     return source.kind == "directory" and '"quantization_config"' in (Path(source.location) / "config.json").read_text()
+
+
+def _without_bars(section: ModelSection) -> AbstractContextManager[object]:
+    """compressed-tensors draws progress bars that no setting reaches; what goes wrong comes as an exception."""
+    return redirect_stderr(StringIO()) if is_quantized_export(section) else nullcontext()
 
 
 def _plain(model: PreTrainedModel) -> PreTrainedModel:

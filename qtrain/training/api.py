@@ -25,7 +25,7 @@ def prepare(
 ) -> nn.Module:
     """Quantize ``model`` and add what trains, for your own LightningModule or loop.
 
-    Call it in ``configure_model`` (under FSDP2 between the build and ``fully_shard``), before optimizers are made.
+    The result is in training mode. Call it in ``configure_model`` (under FSDP2 between the build and ``fully_shard``), before optimizers are made.
 
     Args:
         model: of transformers, on any device; it is changed.
@@ -44,7 +44,8 @@ def prepare(
         raise ErrorList(problems("method", cls, error)) from None
     target = torch.device(device) if device is not None else model.device
     _, compute = resolve_dtypes("auto", section.compute_dtype, target)
-    return build_method(section).prepare(model, compute_dtype=compute, device=target)
+    # A loaded model is in eval mode, and Lightning leaves it there: no dropout, no recomputation.
+    return build_method(section).prepare(model, compute_dtype=compute, device=target).train()
 
 
 def fit(config: Config) -> dict[str, Any]:
