@@ -25,7 +25,8 @@ def prepare(
 ) -> nn.Module:
     """Quantize ``model`` and add what trains, for your own LightningModule or loop.
 
-    The result is in training mode. Call it in ``configure_model`` (under FSDP2 between the build and ``fully_shard``), before optimizers are made.
+    The result is in training mode. Call it in ``configure_model`` (under FSDP2 between the build and
+    ``fully_shard``), before optimizers are made.
 
     Args:
         model: of transformers, on any device; it is changed.
