@@ -30,7 +30,7 @@ from qtrain.registry import resolve
 from qtrain.report.write import write_report
 from qtrain.training.module import LanguageModule
 from qtrain.training.run_directory import RunDirectory
-from qtrain.training.tracking import log_artifacts, loggers
+from qtrain.training.tracking import close, log_artifacts, loggers
 from qtrain.training.trained import best_device, trained_module
 
 
@@ -79,7 +79,9 @@ def export_run(config: Config, run: RunDirectory) -> dict[str, Any]:
     write_report(run.path)
     if config.wandb.enabled:
         again = config.model_copy(update={"run": config.run.model_copy(update={"resume": True})})
-        log_artifacts(config, loggers(again, run.path), {"export": directory})
+        open_loggers = loggers(again, run.path)
+        log_artifacts(config, open_loggers, {"export": directory})
+        close(open_loggers)
     return found
 
 

@@ -27,7 +27,7 @@ from qtrain.models.dtype import resolve_dtypes
 from qtrain.report.write import write_report
 from qtrain.training.module import LanguageModule
 from qtrain.training.run_directory import RunDirectory
-from qtrain.training.tracking import log_artifacts, loggers
+from qtrain.training.tracking import close, log_artifacts, loggers
 
 
 def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
@@ -97,8 +97,7 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
         write_json(run.result("fit"), figures)
         write_report(run.path)
         log_artifacts(config, trainer.loggers, {"adapter": run.adapter})
-        for logger in trainer.loggers:
-            logger.finalize("success")
+        close(trainer.loggers)
     return figures
 
 

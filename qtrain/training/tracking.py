@@ -55,6 +55,15 @@ def log_artifacts(config: Config, loggers: Iterable[Logger], directories: Mappin
 
 
 @rank_zero_only
+def close(loggers: Iterable[Logger]) -> None:
+    """Write what is held back and end the W&B run: left open, it would take in the figures of the next one."""
+    for logger in loggers:
+        logger.finalize("success")
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()
+
+
+@rank_zero_only
 def _wandb_logger(config: Config, run_dir: Path) -> WandbLogger | None:
     try:
         import wandb  # it takes 1 s, and a run without it is a run
