@@ -51,7 +51,8 @@ def load_model(section: ModelSection, dtype: torch.dtype, *, device: torch.devic
         raise _unreadable("model", source, error) from None
     if source.kind == "gguf":
         model = _plain(model)
-    model.to(device)  # type: ignore[arg-type]  # the decorator on it loses `self`
+    with _without_bars(section):
+        model.to(device)  # type: ignore[arg-type]  # the decorator on it loses `self`
     model.eval()
     return model
 

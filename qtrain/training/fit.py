@@ -37,26 +37,24 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
         QtrainError: data, model or checkpoint cannot be used; nothing of an earlier run is lost then.
     """
     begin = time.monotonic()
-    module = LanguageModule(config, progress=progress_over("quantizing"))
-    data = LanguageData(config.data, module.tokenizer, seed=config.run.seed)
-    data.setup("fit")
-    say(data.summary.lines(), title="data")
-    checkpoint = run.begin(resume=config.run.resume, overwrite=config.run.overwrite)
+    checkpoint = run.start(resume=config.run.resume, overwrite=config.run.overwrite)
     step = read_checkpoint(str(checkpoint))["global_step"] if checkpoint else None
-    if config.run.resume and checkpoint is None:
-        say(f"no checkpoint in {run.checkpoints} yet: starting from the beginning")
     if _finished(step, config, run):
         say(f"this run has its {step} steps already: nothing to do (a larger trainer.max_steps goes on)")
         found: dict[str, Any] = json.loads(run.result("fit").read_text(encoding="utf-8"))
         return found
-    save_config(config, run.config)
-    write_json(run.result("data"), data.summary.to_dict())
+    if config.run.resume and checkpoint is None:
+        say(f"no checkpoint in {run.checkpoints} yet: starting from the beginning")
+    module = LanguageModule(config, progress=progress_over("quantizing"))
+    data = LanguageData(config.data, module.tokenizer, seed=config.run.seed)
+    data.setup("fit")
+    say(data.summary.lines(), title="data")
     L.seed_everything(config.run.seed, verbose=False)
     torch.set_float32_matmul_precision(config.run.matmul_precision)
     throughput = Throughput()
     trainer = L.Trainer(
         **trainer_arguments(config),
-        logger=loggers(config, run.path, step),
+        logger=False,
         callbacks=[*_callbacks(config, run), throughput],
         default_root_dir=run.path,
     )
@@ -64,6 +62,12 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
     module.trainer = trainer
     module.build(trainer.strategy.root_device)
     assert module.model is not None
+    # Only now that data and model are known to be good does an earlier run give way.
+    if checkpoint is None:
+        run.clear()
+    save_config(config, run.config)
+    write_json(run.result("data"), data.summary.to_dict())
+    trainer.loggers = loggers(config, run.path, step)
     facts = [f"loss        {module.loss_path}", _products(trainer)]
     say([*module.method.lines(module.model), *facts], title="model")
     before = _held_out(trainer, module, data) if validated and checkpoint is None else {}

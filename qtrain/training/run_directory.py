@@ -59,8 +59,8 @@ class RunDirectory:
         found = sorted(self.checkpoints.glob("step-*.ckpt"))
         return found[-1] if found else None
 
-    def begin(self, *, resume: bool | str, overwrite: bool) -> Path | None:
-        """Make the directory ready for training; the checkpoint to go on from, if there is one.
+    def start(self, *, resume: bool | str, overwrite: bool) -> Path | None:
+        """The checkpoint to go on from, if there is one; nothing is changed here.
 
         Raises:
             CheckpointError: an earlier run lies here, and neither resume nor overwrite was asked for.
@@ -72,17 +72,18 @@ class RunDirectory:
             return chosen
         if resume:
             return self.newest_checkpoint()
-        if self.config.exists() or self.checkpoints.exists():
-            if not overwrite:
-                raise CheckpointError(
-                    "an earlier run lies here",
-                    where=str(self.path),
-                    rule="nothing is overwritten unless it is said",
-                    fix="run.resume=true goes on with it, run.name=OTHER starts beside it, "
-                    "run.overwrite=true replaces it",
-                )
-            for entry in ("checkpoints", "adapter", "export", "wandb"):
-                shutil.rmtree(self.path / entry, ignore_errors=True)
-            for file in [*self.path.glob("*.json"), *self.path.glob("*.jsonl"), self.path / "metrics.csv"]:
-                file.unlink(missing_ok=True)
+        if not overwrite and (self.config.exists() or self.checkpoints.exists()):
+            raise CheckpointError(
+                "an earlier run lies here",
+                where=str(self.path),
+                rule="nothing is overwritten unless it is said",
+                fix="run.resume=true goes on with it, run.name=OTHER starts beside it, run.overwrite=true replaces it",
+            )
         return None
+
+    def clear(self) -> None:
+        """Let go of what an earlier run left; files of other programs stay."""
+        for entry in (CHECKPOINTS, "adapter", "export", "wandb"):
+            shutil.rmtree(self.path / entry, ignore_errors=True)
+        for file in [*self.path.glob("*.json"), *self.path.glob("*.jsonl"), self.path / "metrics.csv"]:
+            file.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from qtrain.callbacks.trainable_checkpoint import read_checkpoint
 from qtrain.config.compose import load_recipe
-from qtrain.errors import CheckpointError
+from qtrain.errors import CheckpointError, QtrainError
 from qtrain.training.fit import fit
 from qtrain.training.run_directory import RunDirectory
 
@@ -130,3 +130,14 @@ def test_a_finished_run_has_nothing_to_do(
     train(*words, "trainer.max_steps=2", "run.resume=true")
     assert "nothing to do" in capsys.readouterr().out
     assert (tmp_path / "run" / "fit.json").read_bytes() == figures
+
+
+def test_an_earlier_run_stays_until_model_and_data_are_known_to_be_good(
+    tiny_llama_dir: Path, chats: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    train(*settings(tiny_llama_dir, chats, run), "trainer.max_steps=2")
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    with pytest.raises(QtrainError, match="nowhere"):
+        train(*settings(tiny_llama_dir, chats, run), "run.overwrite=true", "method.target_modules=[nowhere]")
+    assert before == {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}

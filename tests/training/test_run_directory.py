@@ -43,30 +43,33 @@ def test_its_place_without_a_recipe() -> None:
 
 
 def test_a_new_directory_starts_from_nothing(tmp_path: Path) -> None:
-    assert RunDirectory(tmp_path / "new").begin(resume=False, overwrite=False) is None
-    assert RunDirectory(tmp_path / "new").begin(resume=True, overwrite=False) is None
+    assert RunDirectory(tmp_path / "new").start(resume=False, overwrite=False) is None
+    assert RunDirectory(tmp_path / "new").start(resume=True, overwrite=False) is None
 
 
 def test_an_earlier_run_is_refused_and_left_as_it_is(earlier: RunDirectory) -> None:
     before = files(earlier)
     with pytest.raises(CheckpointError, match=r"run\.resume=true"):
-        earlier.begin(resume=False, overwrite=False)
+        earlier.start(resume=False, overwrite=False)
     assert files(earlier) == before
 
 
 def test_overwriting_keeps_what_is_not_the_runs(earlier: RunDirectory) -> None:
-    assert earlier.begin(resume=False, overwrite=True) is None
+    before = files(earlier)
+    assert earlier.start(resume=False, overwrite=True) is None
+    assert files(earlier) == before
+    earlier.clear()
     assert files(earlier) == {"config.yaml", "notes.txt"}
 
 
 def test_resume_takes_the_highest_step(earlier: RunDirectory) -> None:
     before = files(earlier)
-    assert earlier.begin(resume=True, overwrite=False) == earlier.checkpoints / "step-000010.ckpt"
+    assert earlier.start(resume=True, overwrite=False) == earlier.checkpoints / "step-000010.ckpt"
     assert files(earlier) == before
 
 
 def test_resume_from_a_named_checkpoint(earlier: RunDirectory) -> None:
     chosen = earlier.checkpoints / "step-000002.ckpt"
-    assert earlier.begin(resume=str(chosen), overwrite=False) == chosen
+    assert earlier.start(resume=str(chosen), overwrite=False) == chosen
     with pytest.raises(CheckpointError, match="is no file"):
-        earlier.begin(resume="nothing.ckpt", overwrite=False)
+        earlier.start(resume="nothing.ckpt", overwrite=False)
