@@ -126,7 +126,9 @@ def test_it_is_refused_where_it_does_not_belong(other: Any, message: str, tmp_pa
 
 def test_after_training_any_weights_may_be_loaded(tmp_path: Path) -> None:
     module = run(Frozen(), tmp_path, 2)
-    module.load_state_dict(Frozen().state_dict())
+    other = Frozen().state_dict()
+    module.load_state_dict(other)
+    assert all(torch.equal(value, other[name]) for name, value in module.state_dict().items())
 
 
 def test_a_checkpoint_of_lightning_alone_is_refused(tmp_path: Path) -> None:
