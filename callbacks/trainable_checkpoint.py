@@ -18,10 +18,11 @@ KEY = "qtrain"
 
 
 class TrainableCheckpoint(ModelCheckpoint):
-    """A ModelCheckpoint that keeps trainable parameters, optimizer, schedule, data position and random states.
+    """A ModelCheckpoint that keeps what trains, optimizer, schedule, data position and random states.
 
-    Plain data only: files load with ``weights_only=True``. The last ``keep`` checkpoints stay. The base is not
-    written; its fingerprint is, and loading over another base is refused.
+    Plain data only: files load with ``weights_only=True``. The last ``keep`` checkpoints stay. What trains: the
+    trained parameters, and persistent buffers (running statistics, calibrated ranges) but those of frozen layers. The
+    base is not written; its fingerprint is, and loading over another base is refused.
 
     Args:
         dirpath: where to.
@@ -67,7 +68,7 @@ class TrainableCheckpoint(ModelCheckpoint):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Drop what is frozen; add the random states and the base's fingerprint."""
-        trained = {name for name, parameter in pl_module.named_parameters() if parameter.requires_grad}
+        trained = _what_trains(pl_module)
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
         checkpoint[KEY] = {"fingerprint": self._fingerprint(pl_module), "random_state": random_state()}
 
@@ -117,10 +118,23 @@ def _where(trainer: Trainer) -> str:
     return str(getattr(trainer, "ckpt_path", None) or "checkpoint")
 
 
+def _what_trains(module: nn.Module) -> dict[str, Tensor]:
+    """Trained parameters by name, and persistent buffers but those of modules whose own parameters are all frozen."""
+    found: dict[str, Tensor] = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    for prefix, part in module.named_modules():
+        own = list(part.parameters(recurse=False))
+        if own and not any(parameter.requires_grad for parameter in own):
+            continue
+        for name, buffer in part.named_buffers(prefix, recurse=False):
+            if name.rpartition(".")[2] not in part._non_persistent_buffers_set:
+                found[name] = buffer
+    return found
+
+
 def _check_fit(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     """Compare names and shapes with what trains; Lightning itself ignores what is absent, silently."""
     saved = {name: tuple(value.shape) for name, value in state.items()}
-    wanted = {name: tuple(p.shape) for name, p in module.named_parameters() if p.requires_grad}
+    wanted = {name: tuple(value.shape) for name, value in _what_trains(module).items()}
     if saved != wanted:
         name = sorted(saved.items() ^ wanted.items())[0][0]
         raise CheckpointError(

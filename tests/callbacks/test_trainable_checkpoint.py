@@ -85,6 +85,33 @@ def test_it_holds_what_trains_as_plain_data(tmp_path: Path) -> None:
     assert read_checkpoint(str(tmp_path / "step-000002.ckpt"))["global_step"] == 2
 
 
+class Normalized(Frozen):
+    """Running statistics: of a frozen layer, of a trained one, of one without parameters; and a buffer not to save."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)).requires_grad_(False).eval()
+        self.adapter = nn.Sequential(nn.BatchNorm1d(8), nn.BatchNorm1d(8, affine=False), nn.Linear(8, 4))
+        self.register_buffer("scratch", torch.zeros(3), persistent=False)
+
+
+@pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode")  # the frozen ones
+def test_running_statistics_go_with_what_trains(tmp_path: Path) -> None:
+    straight = run(Normalized(), tmp_path / "a", 16)
+    content = read_checkpoint(str(run_to(Normalized(), tmp_path / "b", 10)))
+    kept = {f"adapter.{n}.{name}" for n in (0, 1) for name in ("running_mean", "running_var", "num_batches_tracked")}
+    trained = {"adapter.0.weight", "adapter.0.bias", "adapter.2.weight", "adapter.2.bias"}
+    assert set(content["state_dict"]) == kept | trained
+    resumed = run(Normalized(), tmp_path / "b", 16, resume=tmp_path / "b" / "step-000010.ckpt", seed=99)
+    for name, value in straight.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+
+
+def run_to(module: Frozen, directory: Path, steps: int) -> Path:
+    run(module, directory, steps)
+    return directory / f"step-{steps:06d}.ckpt"
+
+
 def test_a_run_goes_on_bit_exactly(tmp_path: Path) -> None:
     # Over the end of an epoch of ten steps: torch's own loader cannot start in the middle of one.
     straight = run(Frozen(), tmp_path / "a", 16)
