@@ -1,7 +1,8 @@
-"""Affine quantization of weights: scales, codes, and back.
+"""Affine quantization: scales, codes, and back.
 
 Everything is computed from fp32 casts, whatever the input's dtype, so that eager, compiled and other-dtype
-runs decide the same codes. Jacob 2018 (arXiv 1712.05877), with z = 0.
+runs decide the same codes. Jacob 2018 (arXiv 1712.05877); ternary and binary scales are the mean magnitude (Ma 2024,
+arXiv 2402.17764; Rastegari 2016, arXiv 1603.05279); fp8 as Llama 3 has it (arXiv 2407.21783).
 """
 
 from __future__ import annotations
@@ -14,19 +15,22 @@ from torch import Tensor
 from qtrain.errors import ModelError
 from qtrain.numerics.spec import QuantSpec
 
-SCALE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+SCALE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+FLOAT_DTYPES = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 SMALLEST_SCALE = 2.0**-14
 """fp16's smallest normal number; below it rounding is so coarse that the group's maximum would clamp."""
+SMALLEST_FP32_SCALE = 2.0**-100
+"""For scales that are never stored: far from where a quotient overflows."""
 LARGEST_SCALE = 65280.0
 """The largest number that bf16 and fp16 both hold (255 * 2^8)."""
 
 
 class QParams(NamedTuple):
-    """What maps codes to numbers: x = (q - zero_point) * scale.
+    """What maps codes to numbers: x = (q - zero_point) * scale, or (q + 1/2) * scale where the spec is mid_rise.
 
     Attributes:
-        scale: [out, groups] in the spec's scale_dtype, all positive.
-        zero_point: None where the spec is symmetric.
+        scale: [rows, groups] in the spec's scale_dtype, all positive.
+        zero_point: int8 [rows, groups] within the codes' range; None where the spec is symmetric.
     """
 
     scale: Tensor
@@ -34,22 +38,26 @@ class QParams(NamedTuple):
 
 
 def grouped(x: Tensor, spec: QuantSpec) -> Tensor:
-    """[out, in] as fp32 [out, groups, group_size]; a view where ``x`` is contiguous fp32.
+    """x as fp32 [rows, groups, numbers that share a scale]; a view where ``x`` is contiguous fp32.
 
     Raises:
-        ModelError: not two-dimensional, no columns, or ``in`` no multiple of the group size.
+        ModelError: nothing to share a scale, or a width that is no multiple of the group size.
     """
-    if x.ndim != 2:
-        raise ModelError(f"weight of shape {list(x.shape)}", rule="weights to quantize are [out, in]")
-    columns = x.shape[1]
-    size = columns if spec.granularity == "per_channel" else spec.group_size
-    if not size or columns % size:
+    width = x.shape[-1] if x.ndim else 1
+    size = {
+        "per_tensor": x.numel(),
+        "per_channel": x.numel() // x.shape[0] if x.ndim and x.shape[0] else width,
+        "per_token": width,
+    }.get(spec.granularity, spec.group_size)
+    divided = x.numel() if spec.granularity == "per_block" else width if spec.granularity == "per_group" else size
+    if not size or not divided or divided % size:
         raise ModelError(
-            f"weight of shape {list(x.shape)} with group_size={size}",
-            rule="group_size divides the second dimension",
-            fix=f"group_size={largest_divisor(columns, size)}" if columns and size else None,
+            f"tensor of shape {list(x.shape)} with {spec.granularity}, group_size={size}",
+            rule="group_size divides the last dimension (per_block: the number of elements)",
+            fix=f"group_size={largest_divisor(divided, size)}" if divided and size else None,
         )
-    return x.to(torch.float32).reshape(x.shape[0], columns // size, size)
+    rows = 1 if spec.granularity in ("per_tensor", "per_block") else x.numel() // divided
+    return x.to(torch.float32).reshape(rows, divided // size, size)
 
 
 def largest_divisor(columns: int, group_size: int) -> int | None:
@@ -64,46 +72,106 @@ def largest_divisor(columns: int, group_size: int) -> int | None:
 
 
 def round_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
-    """An fp32 scale as it will be stored: rounded to scale_dtype, no smaller than 2^-14."""
-    return scale.clamp(min=SMALLEST_SCALE).to(SCALE_DTYPES[spec.scale_dtype])
+    """An fp32 scale as it will be stored: rounded to scale_dtype, no smaller than 2^-14 (fp32: 2^-100)."""
+    smallest = SMALLEST_FP32_SCALE if spec.scale_dtype == "fp32" else SMALLEST_SCALE
+    return scale.clamp(min=smallest).to(SCALE_DTYPES[spec.scale_dtype])
+
+
+def round_zero_point(low: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
+    """z = round(-low / s) + quant_min, clamped to the codes' range, so that 0 is exactly a code; int8 [rows, groups]."""
+    zero_point = (-low / scale.to(torch.float32)).round_().add_(spec.quant_min)
+    return zero_point.clamp_(spec.quant_min, spec.quant_max).to(torch.int8)
+
+
+def qparams_of_bounds(low: Tensor, high: Tensor, spec: QuantSpec) -> QParams:
+    """What reaches from ``low`` to ``high``: s = max(|low|, |high|) / reach, or (high - low) / (2^b - 1) and z.
+
+    An asymmetric range is widened to hold 0.
+
+    Args:
+        low, high: fp32 [rows, groups].
+    """
+    if spec.symmetric:
+        return QParams(round_scale(torch.maximum(low.abs(), high.abs()) / spec.reach, spec))
+    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+    scale = round_scale((high - low) / (spec.quant_max - spec.quant_min), spec)
+    return QParams(scale, round_zero_point(low, scale, spec))
+
+
+def dynamic_qparams(x: Tensor, spec: QuantSpec) -> QParams:
+    """What reaches each group's extremes (ternary, binary: its mean magnitude), unchecked: NaN stays NaN.
+
+    A group of zeros gets the smallest scale, codes 0, and comes back as exact zeros.
+    """
+    groups = grouped(x, spec)
+    if spec.format in ("ternary", "binary"):
+        return QParams(round_scale(groups.abs().mean(dim=-1), spec))
+    if spec.symmetric:
+        return QParams(round_scale(groups.abs().amax(dim=-1) / spec.reach, spec))
+    return qparams_of_bounds(groups.amin(dim=-1), groups.amax(dim=-1), spec)
 
 
 def choose_qparams(x: Tensor, spec: QuantSpec) -> QParams:
-    """Scales that reach each group's largest number: s = max|x| / (2^(b-1) - 1).
-
-    A group of zeros gets the smallest scale, codes 0, and comes back as exact zeros.
+    """``dynamic_qparams`` of a tensor that must be finite: for weights, once.
 
     Args:
-        x: weight [out, in], any float dtype, any strides.
+        x: any float dtype, any strides.
 
     Returns:
-        scale [out, groups], as stored.
+        scale [rows, groups], as stored.
 
     Raises:
         ModelError: NaN, inf, or numbers so large that no fp16 scale reaches them.
     """
-    scale = grouped(x, spec).abs().amax(dim=-1) / spec.quant_max
-    reachable = scale <= LARGEST_SCALE
-    if not scale.is_meta and not bool(reachable.all()):
+    qparams = dynamic_qparams(x, spec)
+    limit = LARGEST_SCALE if spec.scale_dtype != "fp32" else float("inf")
+    reachable = (qparams.scale <= limit) & qparams.scale.isfinite()
+    if not x.is_meta and not bool(reachable.all()):
         rows = (~reachable).any(dim=1)
         raise ModelError(
             f"{int(rows.sum())} of {len(rows)} rows hold NaN, inf or numbers that no fp16 scale reaches "
             f"(the first is row {int(rows.nonzero()[0, 0])})",
             rule="weights to quantize are finite",
         )
-    return QParams(round_scale(scale, spec))
+    return qparams
 
 
 def quantize(x: Tensor, qparams: QParams, spec: QuantSpec) -> Tensor:
-    """Codes int8 [out, in]: q = clamp(round(x / s), quant_min, quant_max), ties to even."""
-    scaled = grouped(x, spec) / qparams.scale.to(torch.float32).unsqueeze(-1)
-    return scaled.round_().clamp_(spec.quant_min, spec.quant_max).to(torch.int8).reshape(x.shape)
+    """Codes of x's shape: q = clamp(round(x / s) + z, quant_min, quant_max), ties to even; int8, or float8 for fp8."""
+    codes = level_codes(grouped(x, spec), qparams, spec)
+    return codes.to(FLOAT_DTYPES.get(spec.format, torch.int8)).reshape(x.shape)
+
+
+def level_codes(groups: Tensor, qparams: QParams, spec: QuantSpec) -> Tensor:
+    """Codes as fp32 [rows, groups, size], in a tensor of their own."""
+    scaled = groups / qparams.scale.to(torch.float32).unsqueeze(-1)
+    if spec.format == "binary":
+        return torch.where(scaled >= 0, 1.0, -1.0)
+    if spec.is_float:
+        return scaled.clamp_(-spec.quant_max, spec.quant_max).to(FLOAT_DTYPES[spec.format]).to(torch.float32)
+    if spec.mid_rise:
+        scaled.sub_(0.5)
+    scaled.round_()
+    if qparams.zero_point is not None:
+        scaled.add_(qparams.zero_point.to(torch.float32).unsqueeze(-1))
+    return scaled.clamp_(spec.quant_min, spec.quant_max)
+
+
+def level_numbers(codes: Tensor, qparams: QParams, spec: QuantSpec, dtype: torch.dtype) -> Tensor:
+    """Codes [rows, groups, size] (fp32, overwritten) as numbers: the scale cast to ``dtype``, one rounded product.
+
+    The product of a code and a scale of 16 bits is exact in fp32, so the cast at the end is the only rounding.
+    """
+    if qparams.zero_point is not None:
+        codes.sub_(qparams.zero_point.to(torch.float32).unsqueeze(-1))
+    if spec.mid_rise:
+        codes.add_(0.5)
+    # A scale that is never stored is no consumer's to cast: fp32 throughout.
+    scale = qparams.scale if spec.scale_dtype == "fp32" else qparams.scale.to(dtype)
+    return codes.mul_(scale.to(torch.float32).unsqueeze(-1)).to(dtype)
 
 
 def dequantize(codes: Tensor, qparams: QParams, spec: QuantSpec, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Numbers [out, in] as a consumer that runs in ``dtype`` sees them: the scale cast to it, one rounded product.
-
-    The product of a code and a scale is exact in fp32, so the cast at the end is the only rounding.
-    """
-    scale = qparams.scale.to(dtype).to(torch.float32).unsqueeze(-1)
-    return (grouped(codes, spec) * scale).to(dtype).reshape(codes.shape)
+    """Numbers of the codes' shape as a consumer that runs in ``dtype`` sees them."""
+    own = grouped(codes, spec) if codes.dtype != torch.float32 else grouped(codes, spec).clone()
+    return level_numbers(own, qparams, spec, dtype).reshape(codes.shape)

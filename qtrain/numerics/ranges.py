@@ -1,4 +1,4 @@
-"""Scales found by search: the least squared error in place of the largest number."""
+"""Ranges found by search: the least squared error in place of the extremes."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from qtrain.errors import ModelError
-from qtrain.numerics.affine import QParams, choose_qparams, grouped, round_scale
+from qtrain.numerics.affine import QParams, choose_qparams, grouped, level_codes, qparams_of_bounds, round_scale
 from qtrain.numerics.spec import QuantSpec
 
 CHUNK_ELEMENTS = 2**20
 """Weights tried at a time, for bounded memory. Smaller chunks fit a cache but wait for threads: on two cores shared
 with other work 2^17 took ten times as long as alone."""
+SHRINK = {1: 0.2, 2: 0.2, 3: 0.4}
+"""Where the search begins, as a share of the widest range: the fewer levels, the more clipping pays."""
 
 
 def search_qparams(
@@ -20,70 +22,93 @@ def search_qparams(
     importance: Tensor | None = None,
     *,
     steps: int = 20,
-    shrink: float = 0.7,
+    shrink: float | None = None,
     grow: float = 1.1,
     refits: int = 2,
 ) -> QParams:
-    """Scales with the least sum_j h_j (x_j - s q_j)^2 of each group: a search, then a descent.
+    """Ranges with the least sum_j h_j (x_j - fq(x_j))^2 of each group: a search, then a descent.
 
-    Fractions of the absmax scale are tried first; then, given the best codes, the least-squares scale
-    s = sum h q x / sum h q^2, and codes anew (20 candidates and 2 refits reach what 80 candidates reach alone).
-    With h_j = E[a_j^2] of the layer's input a this is the expected squared error of the layer's output, input channels
-    taken as uncorrelated (the diagonal of GPTQ's Hessian). The absmax scale itself is always tried, so the error is
-    never above its; every candidate is tried as it would be stored.
+    Fractions of the widest range are tried first; then, given the best codes, the least-squares scale
+    s = sum h n x / sum h n^2 (n the level in units of s), and codes anew (20 candidates and 2 refits reach what 80
+    candidates reach alone). With h_j = E[a_j^2] of the layer's input a this is the expected squared error of the
+    layer's output, input channels taken as uncorrelated (the diagonal of GPTQ's Hessian). The widest range itself is
+    always tried, so the error is never above its; every candidate is tried as it would be stored.
 
     Args:
         x: weight [out, in].
         importance: h [in], not negative; None weighs all columns alike.
-        steps: candidates, evenly from ``shrink`` to ``grow`` times the absmax scale.
+        steps: candidates, evenly from ``shrink`` (0.7, for fewer than 4 bits less) to ``grow`` times the widest range.
         refits: least-squares steps after the search.
 
     Returns:
-        scale [out, groups], as stored.
+        scale [out, groups] and zero point, as stored.
     """
     if importance is not None:
         _check(importance, x)
-    start = choose_qparams(x, spec).scale
-    chosen = torch.empty_like(start)
-    rows = max(1, CHUNK_ELEMENTS // x.shape[1])
-    weights = None if importance is None else grouped(importance.to(x.device).unsqueeze(0), spec)
+    whole = spec.granularity in ("per_tensor", "per_block")  # rows share scales: they cannot be taken apart
+    rows = x.shape[0] if whole else max(1, CHUNK_ELEMENTS // x.shape[1])
+    weights = None if importance is None else importance.to(x.device, torch.float32)
+    lowest = SHRINK.get(spec.bits, 0.7) if shrink is None else shrink
+    factors = torch.linspace(lowest, grow, steps if lowest >= 0.7 else 2 * steps).tolist()
+    found = []
     for first in range(0, x.shape[0], rows):
-        part = slice(first, first + rows)
-        values = grouped(x[part], spec)
-        widest = values.abs().amax(dim=-1) / spec.quant_max
-        best, least = start[part], _error(values, start[part], weights, spec)
-        for factor in torch.linspace(shrink, grow, steps).tolist():
-            best, least = _better(values, round_scale(widest * factor, spec), best, least, weights, spec)
+        part = x[first : first + rows]
+        values = grouped(part, spec)
+        if weights is None:
+            heights = None
+        else:
+            # One row of weights serves all rows, unless several rows share a scale.
+            shared = weights.unsqueeze(0) if not whole else weights.expand(part.shape)
+            heights = grouped(shared.contiguous(), spec)
+        low, high = values.amin(dim=-1), values.amax(dim=-1)
+        best = choose_qparams(part, spec)
+        least = _error(values, best, heights, spec)
+        for factor in factors:
+            best, least = _better(values, _narrowed(low, high, factor, spec), best, least, heights, spec)
         for _ in range(refits):
-            best, least = _better(values, _refit(values, best, weights, spec), best, least, weights, spec)
-        chosen[part] = best
-    return QParams(chosen)
+            best, least = _better(values, _refit(values, best, heights, spec), best, least, heights, spec)
+        found.append(best)
+    zero_points = [one.zero_point for one in found if one.zero_point is not None]
+    return QParams(torch.cat([one.scale for one in found]), torch.cat(zero_points) if zero_points else None)
+
+
+def _narrowed(low: Tensor, high: Tensor, factor: float, spec: QuantSpec) -> QParams:
+    return qparams_of_bounds(low * factor, high * factor, spec)
 
 
 def _better(
-    x: Tensor, scale: Tensor, best: Tensor, least: Tensor, weights: Tensor | None, spec: QuantSpec
-) -> tuple[Tensor, Tensor]:
-    """For each group whichever of the two scales errs less, and its error."""
-    error = _error(x, scale, weights, spec)
+    x: Tensor, candidate: QParams, best: QParams, least: Tensor, weights: Tensor | None, spec: QuantSpec
+) -> tuple[QParams, Tensor]:
+    """For each group whichever of the two errs less, and its error."""
+    error = _error(x, candidate, weights, spec)
     better = error < least
-    return torch.where(better, scale, best), torch.where(better, error, least)
+    scale = torch.where(better, candidate.scale, best.scale)
+    if candidate.zero_point is None or best.zero_point is None:
+        return QParams(scale), torch.where(better, error, least)
+    zero_point = torch.where(better, candidate.zero_point, best.zero_point)
+    return QParams(scale, zero_point), torch.where(better, error, least)
 
 
-def _refit(x: Tensor, scale: Tensor, weights: Tensor | None, spec: QuantSpec) -> Tensor:
-    """The least-squares scale of each group for the codes that ``scale`` gives; all-zero codes get the floor."""
-    codes = _codes(x, scale.to(torch.float32).unsqueeze(-1), spec)
-    weighted = codes if weights is None else codes * weights
-    return round_scale((weighted * x).sum(dim=-1) / (weighted * codes).sum(dim=-1).clamp(min=1e-30), spec)
+def _refit(x: Tensor, qparams: QParams, weights: Tensor | None, spec: QuantSpec) -> QParams:
+    """The least-squares scale of each group for its codes; all-zero levels get the smallest scale."""
+    levels = _levels(x, qparams, spec)
+    weighted = levels if weights is None else levels * weights
+    scale = round_scale((weighted * x).sum(dim=-1) / (weighted * levels).sum(dim=-1).clamp(min=1e-30), spec)
+    return QParams(scale, qparams.zero_point)
 
 
-def _codes(x: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
-    return (x / scale).round_().clamp_(spec.quant_min, spec.quant_max)
+def _levels(x: Tensor, qparams: QParams, spec: QuantSpec) -> Tensor:
+    """fq(x) / s."""
+    levels = level_codes(x, qparams, spec)
+    if qparams.zero_point is not None:
+        levels.sub_(qparams.zero_point.to(torch.float32).unsqueeze(-1))
+    return levels.add_(0.5) if spec.mid_rise else levels
 
 
-def _error(x: Tensor, scale: Tensor, weights: Tensor | None, spec: QuantSpec) -> Tensor:
-    """The weighted squared error of each group, [out, groups]."""
-    s = scale.to(torch.float32).unsqueeze(-1)
-    difference = _codes(x, s, spec).mul_(s).sub_(x).square_()
+def _error(x: Tensor, qparams: QParams, weights: Tensor | None, spec: QuantSpec) -> Tensor:
+    """The weighted squared error of each group, [rows, groups]."""
+    scale = qparams.scale.to(torch.float32).unsqueeze(-1)
+    difference = _levels(x, qparams, spec).mul_(scale).sub_(x).square_()
     if weights is not None:
         difference.mul_(weights)
     return difference.sum(dim=-1)
