@@ -1,0 +1,160 @@
+"""Layers that multiply on their levels: values, gradients, and what they save."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qtrain.modules.config import QuantizerSection, WeightSection
+from qtrain.modules.quant_conv import QuantConv2d
+from qtrain.modules.quant_embedding import QuantEmbedding
+from qtrain.modules.quant_linear import QuantLinear
+
+ROWS = {"format": "int4"}
+GROUPS = {"format": "int4", "group_size": 32}
+LSQ = {"format": "int4", "group_size": 32, "range": "learned", "calibrate": "mse"}
+TOKENS = {"format": "int8"}
+KEPT = {"format": "int8", "range": "learned", "calibrate": "mse"}
+
+
+def layer(weight: dict[str, Any] | None, activation: dict[str, Any] | None, bias: bool = True) -> QuantLinear:
+    torch.manual_seed(0)
+    made = QuantLinear.from_linear(
+        nn.Linear(64, 48, bias),
+        None if weight is None else WeightSection.model_validate(weight),
+        None if activation is None else QuantizerSection.model_validate(activation),
+    )
+    if made.input_quantizer is not None and not made.input_quantizer.ready:
+        made.input_quantizer.observe()
+        made(torch.randn(8, 64))
+        made.input_quantizer.settle()
+    return made
+
+
+@pytest.mark.parametrize("activation", [None, TOKENS, KEPT])
+@pytest.mark.parametrize("weight", [None, ROWS, GROUPS, LSQ, {"format": "fp8_e4m3"}])
+def test_fused_is_the_composition_of_its_quantizers(
+    weight: dict[str, Any] | None, activation: dict[str, Any] | None
+) -> None:
+    one = layer(weight, activation)
+    x = torch.randn(2, 5, 64).requires_grad_()
+    fused = one(x)
+    quantized_x = x if one.input_quantizer is None else one.input_quantizer(x)
+    composed = F.linear(quantized_x, one.quantized_weight(), one.bias)
+    assert torch.equal(fused, composed)
+    inputs = [x, *one.parameters()]
+    upper = torch.randn_like(fused)
+    for found, expected in zip(
+        torch.autograd.grad(fused, inputs, upper), torch.autograd.grad(composed, inputs, upper), strict=True
+    ):
+        assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def saved_bytes(run: Any, held: list[Tensor]) -> int:
+    """Bytes of storage that autograd saves beyond what the caller holds."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in held}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in known:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = run()
+    assert result.requires_grad
+    return sum(sizes.values())
+
+
+@pytest.mark.parametrize("activation", [None, TOKENS, KEPT])
+@pytest.mark.parametrize("weight", [ROWS, GROUPS, LSQ])
+def test_nothing_is_saved_beyond_inputs_and_parameters(
+    weight: dict[str, Any], activation: dict[str, Any] | None
+) -> None:
+    one = layer(weight, activation)
+    x = torch.randn(7, 64, requires_grad=True)
+    assert saved_bytes(lambda: one(x), [x, *one.parameters()]) == 0
+
+
+def test_a_min_max_quantizer_saves_nothing_at_all() -> None:
+    one = layer(ROWS, None)
+    assert one.weight_quantizer is not None
+    quantizer = one.weight_quantizer
+    assert saved_bytes(lambda: quantizer(one.weight), []) == 0
+
+
+def test_under_autocast_the_product_is_the_consumers() -> None:
+    one = layer(GROUPS, TOKENS)
+    x = torch.randn(5, 64, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = one(x)
+    codes, qparams = one.codes()
+    assert one.weight_quantizer is not None and one.input_quantizer is not None and one.bias is not None
+    weight = one.weight_quantizer.dequantize(codes, qparams, torch.bfloat16)
+    assert torch.equal(found, F.linear(one.input_quantizer(x.bfloat16()), weight, one.bias.bfloat16()))
+    found.float().sum().backward()
+    assert x.grad is not None and x.grad.dtype == torch.float32 and one.weight.grad is not None
+
+
+def test_off_is_the_plain_layer_bit_for_bit() -> None:
+    one = layer(GROUPS, TOKENS)
+    assert one.weight_quantizer is not None and one.input_quantizer is not None
+    one.weight_quantizer.enabled = one.input_quantizer.enabled = False
+    x = torch.randn(5, 64)
+    assert torch.equal(one(x), F.linear(x, one.weight, one.bias))
+
+
+def test_adapters_train_inside_the_quantizer() -> None:
+    one = layer(GROUPS, None, bias=False)
+    before = one.codes()[0]
+    one.add_adapter(4, 8.0)
+    assert torch.equal(one.codes()[0], before)
+    x = torch.randn(16, 64)
+    optimizer = torch.optim.SGD([p for p in one.parameters() if p.requires_grad], lr=0.5)
+    for _ in range(3):
+        one(x).square().sum().mul(0.1).backward()
+        optimizer.step()
+    assert one.weight.grad is None and one.lora_A is not None and one.lora_B is not None
+    codes, qparams = one.codes()
+    assert bool((codes != before).any())
+    assert one.weight_quantizer is not None
+    # What is exported is the sum's levels, and the layer multiplies with nothing else.
+    assert torch.equal(one(x), F.linear(x, one.weight_quantizer.dequantize(codes, qparams)))
+    merged = one.weight + 2.0 * one.lora_B @ one.lora_A
+    assert torch.allclose(one.merged_weight(), merged, atol=1e-6)
+
+
+def test_to_linear_multiplies_the_same_numbers() -> None:
+    one = layer(LSQ, None)
+    x = torch.randn(3, 64)
+    assert torch.equal(one.to_linear()(x), one(x))
+
+
+@pytest.mark.parametrize("weight", [ROWS, {"format": "int8", "range": "learned"}, {"format": "int8", "group_size": 8}])
+def test_an_embedding_looks_up_levels(weight: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    plain = nn.Embedding(20, 16, padding_idx=3)
+    one = QuantEmbedding.from_embedding(plain, WeightSection.model_validate(weight))
+    ids = torch.tensor([[1, 3, 19], [0, 1, 1]])
+    assert torch.equal(one(ids), F.embedding(ids, one.quantized_weight()))
+    assert one.weight is plain.weight
+    one(ids).sum().backward()
+    assert plain.weight.grad is not None and bool((plain.weight.grad[3] == 0).all())
+    # A learned range may clip a row at its largest number, by the rounding of its scale.
+    assert int((plain.weight.grad[1] == 3).sum()) >= 15
+
+
+def test_a_convolution_has_a_scale_for_each_channel() -> None:
+    torch.manual_seed(0)
+    plain = nn.Conv2d(4, 6, 3, padding=1, bias=False)
+    one = QuantConv2d.from_conv(plain, WeightSection(format="int4"), QuantizerSection(format="int8"))
+    x = torch.randn(2, 4, 5, 5)
+    codes, qparams = one.codes()
+    assert codes.shape == plain.weight.shape and qparams.scale.shape == (6, 1)
+    assert one.input_quantizer is not None
+    assert torch.equal(one(x), F.conv2d(one.input_quantizer(x), one.quantized_weight(), padding=1))
+    assert one.input_quantizer.qparams(x).scale.numel() == 1
