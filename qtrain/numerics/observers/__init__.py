@@ -1,0 +1,1 @@
+"""Static ranges calibrated over many batches: one file an observer."""
