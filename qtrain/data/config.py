@@ -22,7 +22,7 @@ class DataSection(Section):
     validation: Source = Field(None, description="the same, for the held-out loss")
     test: Source = Field(None, description="the same, for `qtrain test`")
     predict: Source = Field(None, description="the same, for `qtrain predict`")
-    format: str = Field("auto", description="auto, text, alpaca, sharegpt, messages or prompt_completion")
+    format: str = Field("auto", description="auto, text, alpaca, sharegpt, messages, prompt_completion or tokens")
     columns: dict[str, str] = Field(
         default_factory=dict, description="renames: {prompt: question} reads the field `question` as prompt"
     )

@@ -10,7 +10,7 @@ from qtrain.data.config import DataSection
 from qtrain.data.formats.record import Content, Document, Fields
 from qtrain.data.formats.registry import FORMATS, Format
 from qtrain.data.reading import Record, read
-from qtrain.data.sources import TEXT_SUFFIXES, Location
+from qtrain.data.sources import TEXT_SUFFIXES, Location, TokenDirectory
 from qtrain.errors import DataError
 
 
@@ -28,8 +28,15 @@ def read_contents(
     """The contents of one source, from the record with index ``start`` on.
 
     Errors: DataError naming file, line and sample for keys that are missing or of a wrong type, and for a record that
-    is not in the format of those before it.
+    is not in the format of those before it; for token shards, which hold no text.
     """
+    if isinstance(location, TokenDirectory):
+        raise DataError(
+            "token shards hold no text",
+            where=str(location),
+            rule="they are read whole, as data.train, data.validation or data.test",
+            fix="data.streaming=false, and a file with chats or text as data.predict",
+        )
     if isinstance(location, Path) and location.suffix.lower() in TEXT_SUFFIXES:
         if section.format not in ("auto", "text"):
             raise DataError(

@@ -14,8 +14,9 @@ from qtrain.data.contents import Item, read_contents
 from qtrain.data.encoding import Encoder, Tally
 from qtrain.data.packing import pack
 from qtrain.data.sample import SampleStore
-from qtrain.data.sources import Location
+from qtrain.data.sources import Location, TokenDirectory
 from qtrain.data.summary import SplitSummary, summarize
+from qtrain.data.tokens.rows import add_shards, open_tokens
 from qtrain.errors import DataError
 
 CHUNK = 256
@@ -32,17 +33,23 @@ class Split:
 
 
 def prepare(locations: list[Location], encoder: Encoder, *, split: str, packing: bool) -> Split:
-    """Read and encode a split whole.
+    """Read and encode a split whole; token shards come after all text.
 
     Errors: DataError if nothing is left of it.
     """
-    items = read_items(locations, encoder, split=split)
+    shards = [location for location in locations if isinstance(location, TokenDirectory)]
+    opened = [(location, open_tokens(location, len(encoder.tokenizer))) for location in shards]
+    items = read_items([location for location in locations if location not in shards], encoder, split=split)
     store, tally = SampleStore(), Tally()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
-        for start in bar.track(range(0, len(items), CHUNK), description=f"tokenizing {split}"):
+        for start in bar.track(range(0, len(items), CHUNK), description=f"tokenizing {split}") if items else ():
             for sample in encoder.encode(items[start : start + CHUNK], tally):
                 store.append(sample)
+        for location, manifest in opened:
+            task = bar.add_task(f"reading {split}", total=len(manifest.shards))
+            for _ in add_shards(location, manifest, store, tally, encoder.section.max_length):
+                bar.advance(task)
     check_samples(store, tally, locations, split)
     lengths = store.lengths
     rows = pack(lengths, encoder.section.max_length) if packing else [[index] for index in range(len(store))]

@@ -15,7 +15,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from datasets.iterable_dataset import IterableDataset
 from datasets.load import load_dataset
 
-from qtrain.data.sources import TEXT_SUFFIXES, HubSet, Location
+from qtrain.data.sources import TEXT_SUFFIXES, HubSet
 from qtrain.errors import DataError
 
 # Of a stream of plain text; a piece ends at the next end of line. 1 MiB is about 250,000 tokens.
@@ -41,7 +41,7 @@ class Record:
         )
 
 
-def read(location: Location, *, split: str, whole: bool = True, start: int = 0) -> Iterator[Record]:
+def read(location: Path | HubSet, *, split: str, whole: bool = True, start: int = 0) -> Iterator[Record]:
     """The records of one file or hub id, from the one with index ``start`` on.
 
     Args:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qtrain.data.config import DataSection
+from qtrain.data.tokens.manifest import NAME, has_manifest
 from qtrain.errors import DataError, QtrainError
 from qtrain.package_files import PREFIX, package_file
 
@@ -32,19 +33,30 @@ class HubSet:
         return self.name + config + (f":{self.split}" if self.split else "")
 
 
-Location = Path | HubSet
+@dataclass(frozen=True)
+class TokenDirectory:
+    """A directory of token shards."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+Location = Path | HubSet | TokenDirectory
 
 
 def locate(entry: str) -> list[Location]:
     """The files of one entry, or its hub id; a directory stands for all its data files, in the order of their names.
 
-    Files called README and hidden ones are not data; ``package:NAME/FILE`` is a file of an installed package.
+    A directory with the manifest of token shards is those shards, whatever else lies there. Files called README and
+    hidden ones are not data; ``package:NAME/FILE`` is a file of an installed package.
 
     Errors: QtrainError.
     """
     path = package_file(entry) if entry.startswith(PREFIX) else Path(entry).expanduser()
     if path.is_dir():
-        return list(_files_in(path))
+        return [TokenDirectory(path)] if has_manifest(path) else list(_files_in(path))
     if path.is_file():
         return [_checked(path)]
     hub = _HUB_ID.fullmatch(entry)
@@ -67,7 +79,8 @@ def check_sources(section: DataSection) -> list[DataError]:
         source = getattr(section, split)
         for entry in [source] if isinstance(source, str) else source or []:
             try:
-                locate(entry)
+                for location in locate(entry):
+                    _check_use(location, split, section)
             except QtrainError as error:
                 where = f"data.{split}={error.where}"
                 errors.append(DataError(error.what, where=where, rule=error.rule, fix=error.fix))
@@ -76,6 +89,26 @@ def check_sources(section: DataSection) -> list[DataError]:
         fix = f"chatml, or a Jinja file; {_near(Path(template))}"
         errors.append(DataError("no such file", where=f"data.chat_template={template}", fix=fix))
     return errors
+
+
+def _check_use(location: Location, split: str, section: DataSection) -> None:
+    """Token shards where ids will do, and nothing else where data.format=tokens asks for them."""
+    if isinstance(location, TokenDirectory):
+        if split == "predict":
+            raise DataError(
+                "token shards hold no prompts", where=str(location), fix="data.predict=FILE with chats or text"
+            )
+        if split == "train" and section.streaming:
+            raise DataError(
+                "token shards are not streamed", where=str(location), rule="5 bytes a token", fix="data.streaming=false"
+            )
+    elif section.format == "tokens":
+        raise DataError(
+            "no token shards",
+            where=str(location),
+            rule="data.format=tokens: each split is a directory with the manifest.json of `qtrain generate-data`",
+            fix="data.format=auto, which knows such a directory among other data",
+        )
 
 
 def _files_in(directory: Path) -> list[Path]:
@@ -87,6 +120,9 @@ def _files_in(directory: Path) -> list[Path]:
         and path.stem.upper() != "README"
         and not any(part.startswith(".") for part in path.relative_to(directory).parts)
     )
+    below = next((file.parent for file in files if file.name == NAME and has_manifest(file.parent)), None)
+    if below:
+        raise DataError("token shards lie in a directory below", where=str(directory), fix=f"name that one: {below}")
     if not files:
         raise DataError(
             "the directory has no data files", where=str(directory), rule="data files end in " + ", ".join(SUFFIXES)

@@ -33,5 +33,6 @@ FORMATS: Registry[Format] = Registry(
         "alpaca": "qtrain.data.formats.alpaca:ALPACA",
         "prompt_completion": "qtrain.data.formats.prompt_completion:PROMPT_COMPLETION",
         "text": "qtrain.data.formats.text:TEXT",
+        "tokens": "qtrain.data.formats.tokens:TOKENS",
     },
 )

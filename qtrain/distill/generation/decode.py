@@ -1,0 +1,88 @@
+"""Texts decoded together, a column of tokens at a time, without a word between host and device."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from qtrain.distill.generation.cache import preallocated_cache
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Rows that are being written, all on the device of the model.
+
+    Attributes:
+        ids: [B, L] int64; the first ``given`` columns are filled, the others get their tokens.
+        given: tokens that stand at the beginning of each row.
+        greedy: [B] int64; columns before this one take the likeliest token.
+        uniforms: [B, L] fp32 in [0, 1), one for each token that is sampled.
+    """
+
+    ids: Tensor
+    given: int
+    greedy: Tensor
+    uniforms: Tensor
+
+
+@torch.no_grad()
+def decode(
+    model: PreTrainedModel, texts: Texts, *, vocabulary: int, temperature: float, top_k: int
+) -> Generator[int, None, Tensor]:
+    """Fill ``texts.ids`` column by column, yielding the number of each column when it is under way.
+
+    After a token that ends a text the model goes on, to whatever it takes to come next, and begins no row anew: rows
+    are full, and the student is asked about every token that the teacher wrote.
+
+    Args:
+        model: causal LM in eval mode; the caller's autocast holds.
+        vocabulary: ids lie below it.
+        temperature, top_k: as in ``sample``.
+
+    Returns:
+        [B] fp32: the entropies, in nats, of the distributions that a row's tokens were sampled from, summed.
+    """
+    length = texts.ids.shape[1]
+    cache = preallocated_cache(model, length)
+    entropies = torch.zeros_like(texts.uniforms[:, 0])
+    last_greedy = int(texts.greedy.max())
+    seen = 0
+    for column in range(texts.given, length):
+        new = texts.ids[:, seen:column]
+        logits: Tensor = model(input_ids=new, past_key_values=cache, use_cache=True).logits[:, -1, :vocabulary]
+        seen = column
+        chosen, entropy = sample(logits, texts.uniforms[:, column], temperature=temperature, top_k=top_k)
+        if column < last_greedy:
+            is_greedy = column < texts.greedy
+            chosen = torch.where(is_greedy, logits.argmax(-1), chosen)
+            entropy = entropy.masked_fill(is_greedy, 0.0)
+        texts.ids[:, column] = chosen
+        entropies += entropy
+        yield column
+    return entropies
+
+
+def sample(logits: Tensor, uniforms: Tensor, *, temperature: float, top_k: int) -> tuple[Tensor, Tensor]:
+    """Tokens drawn from softmax(top-k logits / temperature), by inverting its distribution function.
+
+    One number in [0, 1) decides one token: what is drawn depends neither on the rows beside it nor on the device's own
+    generator.
+
+    Args:
+        logits: [B, V] of any floating type; the k likeliest are found in it as it is, what follows is fp32.
+        uniforms: [B] fp32.
+        top_k: 0 is all.
+
+    Returns:
+        ids [B] int64, and the entropy [B] fp32 of the distribution drawn from, in nats.
+    """
+    size = logits.shape[-1]
+    likeliest, ids = logits.topk(min(top_k or size, size))
+    p = (likeliest.float() / temperature).softmax(-1)
+    place = (p.cumsum(-1) <= uniforms[:, None]).sum(-1, keepdim=True)
+    place.clamp_(max=ids.shape[1] - 1)  # the sum of all may end just below 1
+    return ids.gather(1, place).squeeze(1), torch.special.entr(p).sum(-1)
