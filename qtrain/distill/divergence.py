@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qtrain.distill.config import DistillSection
+
 Divergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(log p, log q) [N, V], both of which it may overwrite → (D summed over the rows, dD/du [N, V])."""
 
@@ -36,6 +38,11 @@ class Objective:
     temperature: float = 1.0
     ce_weight: float = 0.0
     jsd_beta: float = 0.5
+
+    @classmethod
+    def of(cls, section: DistillSection) -> Objective:
+        """What ``distill.*`` asks for."""
+        return cls(section.loss, section.temperature, section.ce_weight, section.jsd_beta)
 
     @property
     def divergence(self) -> Divergence:

@@ -107,10 +107,10 @@ def _against(objective: Objective, teacher: Target, kept: Tensor | None, vocab: 
         ids, log_probs = _rows(teacher.ids, kept).long(), _rows(teacher.log_probs, kept)
         return lambda log_q, rows: top_k_divergence(divergence, ids[rows], log_probs[rows], log_q)
     if isinstance(teacher, Tensor):
-        _same_vocabulary(vocab, teacher.shape[-1])
+        same_vocabulary(vocab, teacher.shape[-1])
         whole = _rows(teacher, kept)
         return lambda log_q, rows: divergence(log_softmax(whole[rows], temperature), log_q)
-    _same_vocabulary(vocab, teacher.weight.shape[0])
+    same_vocabulary(vocab, teacher.weight.shape[0])
     dtype = product_dtype(teacher.weight)
     hidden, weight = _rows(teacher.hidden, kept), teacher.weight.to(dtype)
     bias = None if teacher.bias is None else teacher.bias.to(dtype)
@@ -131,7 +131,12 @@ def _rows(tensor: Tensor, kept: Tensor | None) -> Tensor:
     return rows if kept is None else rows[kept]
 
 
-def _same_vocabulary(student: int, teacher: int) -> None:
+def same_vocabulary(student: int, teacher: int) -> None:
+    """Refuse heads of different sizes.
+
+    Raises:
+        ModelError: what each gives.
+    """
     if student != teacher:
         raise ModelError(
             f"the student's head gives {student} logits, the teacher's {teacher}",

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from qtrain.distill.config import DistillSection
+from qtrain.distill.head_product import not_a_product
 from qtrain.models.config import ModelSection
 from qtrain.models.load import load_model
+from qtrain.modules.head import head_factors
 from qtrain.modules.token_loss import INPUTS
 
 Context = Callable[[], AbstractContextManager[Any]]
@@ -53,6 +57,22 @@ class Teacher:
         """Logits [B, L, vocab], without a graph."""
         logits: Tensor = self._run(self.model, batch).logits
         return logits
+
+    @cached_property
+    def not_a_product(self) -> str | None:
+        """Why ``hidden`` and the head's factors do not give ``logits``; None where they do."""
+        with self._context():
+            return not_a_product(self.model, head_factors)
+
+    def row_logits(self, batch: Mapping[str, Tensor], lengths: Sequence[int]) -> Iterator[Tensor]:
+        """Logits [length, vocab] of each row of a batch, one row at a time, as ``write_cache`` takes them."""
+        if self.not_a_product:
+            yield from (row[:length] for row, length in zip(self.logits(batch), lengths, strict=True))
+            return
+        for row, length in zip(self.hidden(batch), lengths, strict=True):
+            with torch.no_grad(), self._context():
+                logits = F.linear(*head_factors(self.model, row[:length]))
+            yield logits
 
     def _run(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
         inputs = {key: batch[key].to(self.device) for key in INPUTS if key in batch}

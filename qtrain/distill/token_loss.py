@@ -4,57 +4,59 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from qtrain.distill.cached import CachedLogits
-from qtrain.distill.chunked_loss import product_dtype
 from qtrain.distill.divergence import Objective
-from qtrain.distill.eval_mode import eval_mode
-from qtrain.distill.linear_divergence import Target, TeacherHead, TopK, linear_divergence, logits_divergence
+from qtrain.distill.head_product import Head, not_a_product
+from qtrain.distill.linear_divergence import (
+    Target,
+    TeacherHead,
+    TopK,
+    linear_divergence,
+    logits_divergence,
+    same_vocabulary,
+)
 from qtrain.distill.teacher import Teacher
+from qtrain.modules.head import head_factors
 from qtrain.modules.token_loss import INPUTS, Loss
-
-Head = Callable[[PreTrainedModel, Tensor], tuple[Tensor, Tensor, Tensor | None]]
-"""(model, hidden [..., d]) → what its output head multiplies: input [..., d], weight [vocab, d], bias [vocab].
-
-A quantized head gives its fake-quantized weight here (and input, where that is quantized too), both differentiable.
-"""
 
 ROWS = "rows"
 """The key of a batch's row numbers [B] in the data set, by which cached logits are found."""
 
 
-def plain_head(model: PreTrainedModel, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The factors of an ``nn.Linear`` head."""
-    head = model.get_output_embeddings()
-    return hidden, head.weight, getattr(head, "bias", None)
-
-
 def choose_online(
-    student: PreTrainedModel, teacher: Teacher, objective: Objective, head: Head = plain_head
+    student: PreTrainedModel, teacher: Teacher, objective: Objective, head: Head = head_factors
 ) -> tuple[Loss, str]:
     """The loss against a teacher that runs beside the student; and which path it takes, in words.
 
-    In chunks of tokens where both heads are products, which a probe of 8 tokens shows; from whole logits elsewhere.
-    Position t is compared where ``labels[t + 1]`` is not -100.
+    In chunks of tokens where both heads are products, from whole logits elsewhere. Position t counts where
+    ``labels[t + 1]`` is not -100.
+
+    Raises:
+        ModelError: the two vocabularies differ.
     """
-    reason = not_a_product(student, head) or not_a_product(teacher.model, plain_head)
+    same_vocabulary(_vocabulary(student), _vocabulary(teacher.model))
+    reason = not_a_product(student, head) or teacher.not_a_product
     if reason:
         return _whole(student, objective, lambda batch: teacher.logits(batch)[:, :-1]), f"whole logits: {reason}"
 
     def target(batch: Mapping[str, Tensor]) -> Target:
-        return TeacherHead(*plain_head(teacher.model, teacher.hidden(batch)[:, :-1]))
+        return TeacherHead(*head_factors(teacher.model, teacher.hidden(batch)[:, :-1]))
 
     return _chunked(student, objective, target, head), f"{objective.loss} from the teacher, in chunks"
 
 
 def choose_cached(
-    student: PreTrainedModel, cache: CachedLogits, objective: Objective, head: Head = plain_head
+    student: PreTrainedModel, cache: CachedLogits, objective: Objective, head: Head = head_factors
 ) -> tuple[Loss, str]:
-    """The loss against cached logits: batches carry the ``rows`` that they were made of."""
+    """The loss against cached logits: batches carry the ``rows`` that they were made of.
+
+    Raises:
+        ModelError: the two vocabularies differ.
+    """
+    same_vocabulary(_vocabulary(student), cache.vocab)
 
     def target(batch: Mapping[str, Tensor]) -> Target:
         ids = batch["input_ids"]
@@ -65,22 +67,6 @@ def choose_cached(
     if reason:
         return _whole(student, objective, target), f"whole logits: {reason}"
     return _chunked(student, objective, target, head), f"{objective.loss} from cached logits, in chunks"
-
-
-def not_a_product(model: PreTrainedModel, head: Head) -> str | None:
-    """Why the head's factors do not give the model's logits (soft-capping, a scale, ...); None where they do."""
-    inputs = {"input_ids": torch.arange(1, 9, device=next(model.parameters()).device)[None], "use_cache": False}
-    try:
-        with eval_mode(model), torch.no_grad():
-            logits = model(**inputs).logits
-            x, weight, bias = head(model, model.get_decoder()(**inputs).last_hidden_state)
-            dtype = product_dtype(weight)
-            product = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-            distance = (product.double() - logits.double()).norm() / logits.double().norm()
-    except (AttributeError, TypeError, NotImplementedError, RuntimeError) as error:
-        return " ".join(str(error).split())[:80]
-    # Both are the same product in the same dtype, up to the order of its sums; an int8 head is 0.7 % away.
-    return None if distance < (4e-3 if logits.element_size() < 4 else 1e-4) else "this head is more than a product"
 
 
 def _chunked(
@@ -100,6 +86,10 @@ def _whole(student: PreTrainedModel, objective: Objective, target: Callable[[Map
         return logits_divergence(logits, target(batch), batch["labels"][:, 1:], objective)
 
     return loss
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    return int(model.get_output_embeddings().weight.shape[0])
 
 
 def _inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
