@@ -180,7 +180,7 @@ class Quantizer(nn.Module):
             raise ModelError(
                 f"this quantizer ({self.section.range} range) has no range yet",
                 rule="static and learned ranges of activations are calibrated before they are used",
-                fix="run calibration batches first: qtrain.methods.qat.calibrate.calibrate(model, batches)",
+                fix="run calibration batches first: qtrain.modules.calibrate.calibrate(model, batches)",
             )
 
     def extra_repr(self) -> str:
