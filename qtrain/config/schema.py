@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, SerializeAsAny, field_validator
 
 from qtrain.data.config import DataSection
+from qtrain.distill.generation.config import GenerateDataSection
 from qtrain.evaluation.config import GenerateSection
 from qtrain.export.config import ExportSection
 from qtrain.methods.config import MethodSection
@@ -74,4 +75,5 @@ class Config(Section):
     run: RunSection = Field(default_factory=RunSection)
     wandb: WandbSection = Field(default_factory=WandbSection)
     generate: GenerateSection = Field(default_factory=GenerateSection)
+    generate_data: GenerateDataSection = Field(default_factory=GenerateDataSection)
     export: SerializeAsAny[ExportSection]

@@ -59,6 +59,11 @@ VERBS: Registry[Verb] = Registry(
             "qtrain.verbs.generate:run",
             (*EVERYWHERE, "generate"),
         ),
+        "generate-data": Verb(
+            "texts that model.path writes from nothing, as token shards to train on",
+            "qtrain.verbs.generate_data:run",
+            (*EVERYWHERE, "generate_data"),
+        ),
         "export": Verb(
             "write a run's model in a format that other programs load",
             "qtrain.verbs.export:run",
