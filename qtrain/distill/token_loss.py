@@ -10,14 +10,8 @@ from transformers import PreTrainedModel
 from qtrain.distill.cached import CachedLogits
 from qtrain.distill.divergence import Objective
 from qtrain.distill.head_product import Head, not_a_product
-from qtrain.distill.linear_divergence import (
-    Target,
-    TeacherHead,
-    TopK,
-    linear_divergence,
-    logits_divergence,
-    same_vocabulary,
-)
+from qtrain.distill.linear_divergence import linear_divergence, logits_divergence
+from qtrain.distill.targets import Target, TeacherHead, TeacherLogits, TopK, same_vocabulary
 from qtrain.distill.teacher import Teacher
 from qtrain.modules.head import head_factors
 from qtrain.modules.token_loss import INPUTS, Loss
@@ -40,7 +34,11 @@ def choose_online(
     same_vocabulary(_vocabulary(student), _vocabulary(teacher.model))
     reason = not_a_product(student, head) or teacher.not_a_product
     if reason:
-        return _whole(student, objective, lambda batch: teacher.logits(batch)[:, :-1]), f"whole logits: {reason}"
+
+        def whole(batch: Mapping[str, Tensor]) -> Target:
+            return TeacherLogits(teacher.logits(batch)[:, :-1])
+
+        return _whole(student, objective, whole), f"whole logits: {reason}"
 
     def target(batch: Mapping[str, Tensor]) -> Target:
         return TeacherHead(*head_factors(teacher.model, teacher.hidden(batch)[:, :-1]))
@@ -60,8 +58,8 @@ def choose_cached(
 
     def target(batch: Mapping[str, Tensor]) -> Target:
         ids = batch["input_ids"]
-        found = TopK(*cache.rows(batch[ROWS].tolist(), length=ids.shape[1]))
-        return TopK(found.ids[:, :-1].to(ids.device), found.log_probs[:, :-1].to(ids.device))
+        found = cache.rows(batch[ROWS].tolist(), length=ids.shape[1])
+        return TopK(*(part[:, :-1].to(ids.device) for part in found))
 
     reason = not_a_product(student, head)
     if reason:
@@ -73,17 +71,19 @@ def _chunked(
     student: PreTrainedModel, objective: Objective, target: Callable[[Mapping[str, Tensor]], Target], head: Head
 ) -> Loss:
     def loss(batch: Mapping[str, Tensor]) -> Tensor:
+        wanted = target(batch)  # first: the teacher's activations are gone when the student's are kept
         hidden = student.get_decoder()(**_inputs(batch), use_cache=False).last_hidden_state[:, :-1]
         x, weight, bias = head(student, hidden)
-        return linear_divergence(x, weight, target(batch), batch["labels"][:, 1:], objective, bias)
+        return linear_divergence(x, weight, wanted, batch["labels"][:, 1:], objective, bias)
 
     return loss
 
 
 def _whole(student: PreTrainedModel, objective: Objective, target: Callable[[Mapping[str, Tensor]], Target]) -> Loss:
     def loss(batch: Mapping[str, Tensor]) -> Tensor:
+        wanted = target(batch)
         logits = student(**_inputs(batch), use_cache=False).logits[:, :-1]
-        return logits_divergence(logits, target(batch), batch["labels"][:, 1:], objective)
+        return logits_divergence(logits, wanted, batch["labels"][:, 1:], objective)
 
     return loss
 

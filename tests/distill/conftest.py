@@ -1,12 +1,15 @@
-"""The formulas of the papers in plain torch: the judge of every fused path."""
+"""The formulas of the papers in plain torch, the judge of every fused path; and a measure of the largest tensor."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from qtrain.distill.divergence import Objective
 
@@ -40,3 +43,22 @@ def judge() -> Judge:
         return (1 - w) * t**2 * rows.sum() + w * F.cross_entropy(logits, labels, reduction="sum")
 
     return loss
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest floating-point tensor that any operation returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        self.bytes = max([self.bytes, *(tensor.numel() * tensor.element_size() for tensor in tensors)])
+        return result
+
+
+@pytest.fixture(scope="session")
+def largest() -> type[Largest]:
+    return Largest

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import register_parametrization
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -215,26 +214,12 @@ def test_autocast_sees_each_steps_weights(context: Any, around: Any) -> None:
     assert all(block.after < 0.97 * block.before for block in found), found
 
 
-class ActivationBytes(TorchDispatchMode):
-    """Largest floating-point result of all operations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and result.is_floating_point():
-            self.largest = max(self.largest, result.numel() * result.element_size())
-        return result
-
-
 @pytest.mark.parametrize(("storage", "width"), [(None, 4), (torch.bfloat16, 2)])
-def test_what_is_held_is_one_block_of_all_rows(storage: torch.dtype | None, width: int) -> None:
+def test_what_is_held_is_one_block_of_all_rows(storage: torch.dtype | None, width: int, largest: Any) -> None:
     teacher, ids = tiny("llama"), rows(100, 16)
-    with ActivationBytes() as seen:
+    with largest() as seen:
         distill_layerwise(teacher, prepared(teacher), ids, steps=1, lr=1e-3, batch_size=2, storage=storage)
-    assert seen.largest == 100 * 16 * 32 * width
+    assert seen.bytes == 100 * 16 * 32 * width
 
 
 def test_progress_counts_blocks() -> None:

@@ -10,12 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from qtrain.distill import chunked_loss
 from qtrain.distill.divergence import Objective
-from qtrain.distill.linear_divergence import TeacherHead, linear_divergence, logits_divergence
+from qtrain.distill.linear_divergence import linear_divergence, logits_divergence
+from qtrain.distill.targets import TeacherHead, TeacherLogits
 from qtrain.errors import ModelError
 
 OBJECTIVES = [
@@ -129,7 +128,7 @@ def test_the_gradient_is_the_derivative(objective: Objective) -> None:
     )
     logits = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
-        lambda z: logits_divergence(z, case.teacher_logits, case.labels, objective), (logits,)
+        lambda z: logits_divergence(z, TeacherLogits(case.teacher_logits), case.labels, objective), (logits,)
     )
 
 
@@ -137,7 +136,7 @@ def test_the_gradient_is_the_derivative(objective: Objective) -> None:
 def test_whole_logits_are_the_same_loss(objective: Objective) -> None:
     case = Case((4, 7), 11)
     leaves = case.leaves(torch.float64)
-    loss = logits_divergence(F.linear(*leaves), case.teacher_logits, case.labels, objective)
+    loss = logits_divergence(F.linear(*leaves), TeacherLogits(case.teacher_logits), case.labels, objective)
     loss.backward()
     assert_near(
         [loss.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)],
@@ -173,7 +172,7 @@ def test_tokens_the_teacher_or_both_rule_out_leave_no_nan(objective: Objective, 
     teacher[:, 5] = student[:, 5] = -torch.inf
     case.labels[:] = 1
     student.requires_grad_()
-    loss = logits_divergence(student, teacher, case.labels, objective)
+    loss = logits_divergence(student, TeacherLogits(teacher), case.labels, objective)
     loss.backward()
     assert torch.isfinite(loss) and student.grad is not None and torch.isfinite(student.grad).all()
     if objective.loss == "forward_kl":
@@ -225,33 +224,19 @@ def test_only_what_trains_gets_a_gradient() -> None:
     assert not frozen.requires_grad
 
 
-class Largest(TorchDispatchMode):
-    """Most elements of any tensor that an operation returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        self.elements = max([self.elements, *sizes])
-        return result
-
-
 @names
 @pytest.mark.parametrize("masked", [0.0, 0.5])
 def test_no_tensor_of_tokens_times_vocabulary_exists(
-    objective: Objective, masked: float, monkeypatch: pytest.MonkeyPatch
+    objective: Objective, masked: float, largest: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = Case((64,), 300, masked=masked)
     monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", 4 * 300 * 5)
-    with Largest() as seen:
+    with largest() as seen:
         case.found(objective, torch.float32)
-    assert seen.elements == 300 * 6  # the weight's gradient; the logits of five rows are fewer
-    with Largest() as seen:
-        F.linear(case.hidden, case.weight)
-    assert seen.elements == 64 * 300
+    assert seen.bytes == 4 * 300 * 6  # the weight's gradient; the logits of five rows are fewer
+    with largest() as seen:
+        F.linear(case.hidden.float(), case.weight.float())
+    assert seen.bytes == 4 * 64 * 300
 
 
 @names
@@ -274,7 +259,10 @@ def test_products_run_in_autocasts_dtype_as_the_heads_own() -> None:
     teacher = TeacherHead(case.teacher.hidden.float(), case.teacher.weight.float())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         own = logits_divergence(
-            F.linear(hidden, weight), F.linear(teacher.hidden, teacher.weight), case.labels, Objective()
+            F.linear(hidden, weight),
+            TeacherLogits(F.linear(teacher.hidden, teacher.weight)),
+            case.labels,
+            Objective(),
         )
         ours = linear_divergence(hidden, weight, teacher, case.labels, Objective())
     assert ours.dtype == torch.float32

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from qtrain.distill import chunked_loss
 from qtrain.distill.divergence import Objective
-from qtrain.distill.linear_divergence import TopK, linear_divergence, logits_divergence
+from qtrain.distill.linear_divergence import linear_divergence, logits_divergence
+from qtrain.distill.targets import TeacherLogits, TopK
 from qtrain.distill.top_k import LEAST_REST
 
 LOSSES = ["forward_kl", "reverse_kl", "jsd"]
@@ -93,7 +94,7 @@ def test_the_whole_vocabulary_is_the_whole_divergence(loss: str) -> None:
     student, teacher, labels = example(12, 9)
     objective = Objective(loss, 1.3)
     grads = []
-    for target in (teacher, top(teacher, 9, 1.3)):
+    for target in (TeacherLogits(teacher), top(teacher, 9, 1.3)):
         leaf = student.clone().requires_grad_()
         value = logits_divergence(leaf, target, labels, objective)
         value.backward()
@@ -105,7 +106,7 @@ def test_the_whole_vocabulary_is_the_whole_divergence(loss: str) -> None:
 def test_a_lower_bound_that_rises_with_k(loss: str) -> None:
     student, teacher, labels = example(50, 30)
     objective = Objective(loss)
-    whole = float(logits_divergence(student, teacher, labels, objective))
+    whole = float(logits_divergence(student, TeacherLogits(teacher), labels, objective))
     values = [float(logits_divergence(student, top(teacher, k, 1.0), labels, objective)) for k in range(1, 31)]
     assert values[0] > 0 and values == sorted(values)
     assert values[-1] == pytest.approx(whole, rel=1e-9) and values[0] < whole
@@ -127,6 +128,16 @@ def test_fp16_log_probabilities_that_sum_to_more_than_1(loss: str) -> None:
     if loss != "reverse_kl":  # which weighs the teacher's log of the rest by the student's share of it
         exact = logits_divergence(student, held, labels, Objective(loss))
         assert float(value.detach()) == pytest.approx(float(exact), rel=2e-3)
+
+
+def test_no_tensor_of_tokens_times_vocabulary_exists(largest: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", 4 * 300 * 5)
+    hidden = torch.randn(64, 4, requires_grad=True)
+    weight, labels = torch.randn(300, 4), torch.zeros(64, dtype=torch.int64)
+    held = top(torch.randn(64, 300), 8, 1.0)
+    with largest() as seen:
+        linear_divergence(hidden, weight, held, labels, Objective()).backward()
+    assert seen.bytes == 4 * 300 * 5
 
 
 def test_a_student_equal_to_the_teacher_has_no_loss() -> None:
