@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qtrain.data.config import DataSection
-from qtrain.data.tokens.manifest import NAME, has_manifest
+from qtrain.data.tokens.manifest import NAME, has_manifest, read_complete
 from qtrain.errors import DataError, QtrainError
 from qtrain.package_files import PREFIX, package_file
 
@@ -94,6 +94,7 @@ def check_sources(section: DataSection) -> list[DataError]:
 def _check_use(location: Location, split: str, section: DataSection) -> None:
     """Token shards where ids will do, and nothing else where data.format=tokens asks for them."""
     if isinstance(location, TokenDirectory):
+        read_complete(location.path)
         if split == "predict":
             raise DataError(
                 "token shards hold no prompts", where=str(location), fix="data.predict=FILE with chats or text"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,10 @@ def test_a_stopped_call_goes_on_to_the_same_files(
     assert set(contents(directory)) == {"manifest.json", "tokens-00000.npy"}
     assert not json.loads((directory / "manifest.json").read_text())["complete"]
     monkeypatch.setattr(ShardWriter, "write", write)
+    enough = tmp_path / "enough"
+    shutil.copytree(directory, enough)
+    assert main(words(tiny_llama_dir, enough, tokens=400)) == 0, "what is there can be enough"
+    assert json.loads((enough / "manifest.json").read_text())["complete"]
     numbers = []
     generate = under_test.generate_shard
 

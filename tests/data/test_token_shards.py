@@ -141,6 +141,8 @@ def test_ids_of_another_tokenizer_are_refused(tmp_path: Path, tiny_tokenizer: Pr
 
 def test_a_set_that_is_not_complete_is_refused(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     ShardWriter(tmp_path, manifest(len(tiny_tokenizer))).write(0, ids(4))
+    (error,) = check_sources(DataSection(train=str(tmp_path)))
+    assert f"data.train={tmp_path}: the token shards are not complete" in str(error)
     with pytest.raises(DataError, match="not complete"):
         train_rows(DataSection(train=str(tmp_path)), tiny_tokenizer)
 

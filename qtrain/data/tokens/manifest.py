@@ -103,6 +103,22 @@ def read_manifest(directory: Path) -> Manifest:
         ) from None
 
 
+def read_complete(directory: Path) -> Manifest:
+    """The same, of shards that are all there.
+
+    Raises:
+        DataError: they are not.
+    """
+    manifest = read_manifest(directory)
+    if not manifest.complete:
+        raise DataError(
+            "the token shards are not complete",
+            where=str(directory),
+            fix="`qtrain generate-data` as before goes on; a smaller generate_data.tokens takes what is there",
+        )
+    return manifest
+
+
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write it, atomically."""
     write_json(directory / NAME, manifest.model_dump())

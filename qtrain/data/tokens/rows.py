@@ -9,7 +9,7 @@ import numpy as np
 from qtrain.data.encoding import Tally
 from qtrain.data.sample import SampleStore
 from qtrain.data.sources import TokenDirectory
-from qtrain.data.tokens.manifest import Manifest, read_manifest
+from qtrain.data.tokens.manifest import Manifest, read_complete
 from qtrain.data.tokens.shards import read_shards
 from qtrain.errors import DataError
 
@@ -20,13 +20,7 @@ def open_tokens(location: TokenDirectory, tokenizer_size: int) -> Manifest:
     Raises:
         DataError: the set is not complete, or its ids are another tokenizer's.
     """
-    manifest = read_manifest(location.path)
-    if not manifest.complete:
-        raise DataError(
-            "the token shards are not complete",
-            where=str(location),
-            fix="`qtrain generate-data` as before goes on; a smaller generate_data.tokens takes what is there",
-        )
+    manifest = read_complete(location.path)
     made_for = manifest.origin.tokenizer_size
     if made_for != tokenizer_size:
         raise DataError(
