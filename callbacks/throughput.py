@@ -33,6 +33,7 @@ class Throughput(Callback):
         self.every_n_steps, self.warmup_steps = every_n_steps, warmup_steps
         self.peak_gib: float | None = None
         self._tokens_rates: list[float] = []
+        self._samples_rates: list[float] = []
         self._mfus: list[float] = []
         self._first_step = 0
         self._running_since: float | None = None
@@ -42,6 +43,11 @@ class Throughput(Callback):
     def tokens_per_second(self) -> float | None:
         """Median over the measurements; None before the first one or where batches have no tokens."""
         return statistics.median(self._tokens_rates) if self._tokens_rates else None
+
+    @property
+    def samples_per_second(self) -> float | None:
+        """Median over the measurements; None before the first one."""
+        return statistics.median(self._samples_rates) if self._samples_rates else None
 
     @property
     def mfu(self) -> float | None:
@@ -74,7 +80,7 @@ class Throughput(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin anew; weights may have been swapped until now."""
-        self._tokens_rates, self._mfus, self.peak_gib = [], [], None
+        self._tokens_rates, self._samples_rates, self._mfus, self.peak_gib = [], [], [], None
         self._flops_per_token = flops_per_token(pl_module)
         self._peak_flops = peak_flops(pl_module.device)
         self._first_step = trainer.global_step + self.warmup_steps
@@ -106,7 +112,7 @@ class Throughput(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure what is left of a run that is shorter than one measurement."""
-        if not self._tokens_rates and trainer.global_step > self._measured_from:
+        if not self._samples_rates and trainer.global_step > self._measured_from:
             self._measure(trainer, pl_module)
         self.peak_gib = _peak_gib(pl_module.device)
 
@@ -116,6 +122,7 @@ class Throughput(Callback):
         tokens, samples = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
         self.peak_gib = _peak_gib(pl_module.device)
         rates = {"samples_per_second": samples / self._seconds, "peak_gib": self.peak_gib}
+        self._samples_rates.append(rates["samples_per_second"])
         if tokens:
             rates["tokens_per_second"] = tokens / self._seconds
             self._tokens_rates.append(rates["tokens_per_second"])

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from qtrain.methods.config import METHODS
     from qtrain.numerics.spec import QuantSpec
     from qtrain.training.api import export_run, fit, prepare
-    from qtrain.training.fit import trainer_arguments
     from qtrain.training.module import LanguageModule
+    from qtrain.training.trainer import trainer_arguments
 
 # No name here may be a subpackage's: importing that one would take its place.
 _HOMES = {
@@ -35,7 +35,7 @@ _HOMES = {
     "fit": "qtrain.training.api:fit",
     "load_recipe": "qtrain.config.compose:load_recipe",
     "prepare": "qtrain.training.api:prepare",
-    "trainer_arguments": "qtrain.training.fit:trainer_arguments",
+    "trainer_arguments": "qtrain.training.trainer:trainer_arguments",
 }
 
 __all__ = [

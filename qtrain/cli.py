@@ -9,12 +9,10 @@ from pydantic_core import PydanticUndefined
 from qtrain import __version__
 from qtrain.config.compose import recipe_names
 from qtrain.config.problems import shown, type_name
-from qtrain.config.schema import Config
+from qtrain.config.schema import TASKS, RunConfig
 from qtrain.config.trainer_args import OWNED, trainer_arguments
 from qtrain.console import err, fail, hush, listing, say
 from qtrain.errors import ConfigError, QtrainError
-from qtrain.export.config import FORMATS
-from qtrain.methods.config import METHODS
 from qtrain.registry import did_you_mean, resolve
 from qtrain.section import Section
 from qtrain.verbs.request import check_inputs, read_request, require_run
@@ -48,7 +46,7 @@ def _dispatch(words: list[str]) -> int:
         raise ConfigError(f"{name!r} is no verb", rule=USAGE, fix=did_you_mean(name, VERBS.names()))
     verb = VERBS.get(name)
     if any(word in ("-h", "--help") for word in rest):
-        _keys(name)
+        _keys(name, rest)
         return 0
     if not verb.sections:
         if rest:
@@ -56,6 +54,13 @@ def _dispatch(words: list[str]) -> int:
         resolve(verb.run)()
         return 0
     request = read_request(name, rest)
+    if request.config.task not in verb.tasks:
+        raise ConfigError(
+            f"`qtrain {name}` does not serve task {request.config.task}",
+            rule=f"it serves: {', '.join(verb.tasks)}",
+            fix=f"for {request.config.task} there is: "
+            + ", ".join(other for other in VERBS.names() if request.config.task in VERBS.get(other).tasks),
+        )
     if verb.needs_run:
         require_run(request)
     check_inputs(request, splits=verb.splits)
@@ -70,19 +75,26 @@ def _overview() -> None:
     say("\nqtrain VERB --help lists the keys of a verb.")
 
 
-def _keys(name: str) -> None:
+def _keys(name: str, words: list[str]) -> None:
     verb = VERBS.get(name)
     say(f"qtrain {name} [recipe=NAME|PATH] [section.key=value ...]\n{verb.help}")
+    chosen = [word.partition("=")[2] for word in words if word.startswith("task=")]
+    schema: type[RunConfig] = TASKS.get(chosen[-1] if chosen else verb.tasks[0])
     classes: dict[str, list[type[Section]]] = {
-        "method": [METHODS.get(method) for method in METHODS.names()],
-        "export": [FORMATS.get(export_format) for export_format in FORMATS.names()],
+        section: [registry.get(entry) for entry in registry.names()] for section, (registry, _) in schema.tagged.items()
     }
-    for section in verb.sections:
+    if len(verb.tasks) > 1:
+        task = schema.model_fields["task"]
+        others = ", ".join(f"task={other} --help" for other in verb.tasks if other != task.default)
+        say(
+            f"  task  {'|'.join(verb.tasks)} = {task.default}\n        {task.description}; other keys: {others}", "task"
+        )
+    for section in (name for name in verb.sections if name in schema.model_fields):
         if section == "trainer":
             names = sorted(trainer_arguments().keys() - OWNED.keys())
             say("  " + ", ".join(names), title="trainer.*  (arguments of lightning.Trainer)")
             continue
-        annotation = Config.model_fields[section].annotation
+        annotation = schema.model_fields[section].annotation
         assert isinstance(annotation, type)
         rows: dict[str, tuple[str, str, str]] = {}
         for cls in classes.get(section, [annotation]):

@@ -23,6 +23,7 @@ LAYERS = (
     {"kernels"},
     {"modules", "models"},
     {"methods", "evaluation", "export", "data", "distill", "ptq"},
+    {"vision"},
     {"config"},
     {"training", "report", "callbacks"},
     {"recipes", "verbs"},
@@ -139,6 +140,7 @@ def test_every_other_package_is_an_empty_place() -> None:
 def torch_free() -> list[str]:
     """Modules that check a command line: no device, no model and no data set is needed for that."""
     named = {"qtrain", "qtrain.cli", "qtrain.__main__", "qtrain.data.sources", "qtrain.data.formats.registry"}
+    named |= {"qtrain.vision.files", "qtrain.verbs.request"}
     return [
         module
         for module in MODULES

@@ -18,7 +18,7 @@ import torch
 import qtrain
 from qtrain.cli import main
 from qtrain.config.compose import load_recipe, recipe_names
-from qtrain.config.schema import Config
+from qtrain.config.schema import Config, VisionConfig
 from qtrain.config.trainer_args import trainer_arguments
 from qtrain.data.formats.registry import FORMATS as DATA_FORMATS
 from qtrain.export.config import FORMATS as EXPORT_FORMATS
@@ -173,7 +173,7 @@ def test_optimizers_are_all_there() -> None:
     assert not set(optimizers) - set(inline_code())
 
 
-SECTIONS = [name for name, info in Config.model_fields.items() if name not in ("recipe", "trainer")]
+SECTIONS = [name for name, info in Config.model_fields.items() if name not in ("task", "recipe", "trainer")]
 
 
 def section_class(section: str) -> type[Section]:
@@ -187,7 +187,11 @@ def keys_of(section: str) -> set[str]:
         return {key for name in METHODS.names() for key in METHODS.get(name).model_fields}
     if section == "export":
         return {key for name in EXPORT_FORMATS.names() for key in EXPORT_FORMATS.get(name).model_fields}
-    return set(section_class(section).model_fields)
+    keys = set(section_class(section).model_fields)
+    other = VisionConfig.model_fields.get(section)
+    if other and isinstance(other.annotation, type) and issubclass(other.annotation, Section):
+        keys |= set(other.annotation.model_fields)
+    return keys
 
 
 def test_keys_exist() -> None:

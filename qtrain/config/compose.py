@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -12,16 +12,12 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from qtrain.config.problems import problems, shown
-from qtrain.config.schema import Config
+from qtrain.config.schema import TASKS, Config, RunConfig
 from qtrain.config.trainer_args import OWNED, argument_type, trainer_arguments
 from qtrain.errors import ConfigError, ErrorList, QtrainError
-from qtrain.export.config import FORMATS, ExportSection
 from qtrain.files import write_text
-from qtrain.methods.config import METHODS, MethodSection
 from qtrain.registry import Registry, did_you_mean
 from qtrain.section import Section
-
-S = TypeVar("S", bound=Section)
 
 
 def recipe_names() -> list[str]:
@@ -38,6 +34,10 @@ def load_recipe(recipe: str | Path | None = None, *overrides: str) -> Config:
         recipe: name of a shipped recipe, or path of a YAML file (a run's ``config.yaml`` too).
         overrides: ``section.key=value``, the value in YAML: ``data.train=[a.jsonl,b.jsonl]``.
 
+    Returns:
+        A config of the class that ``task`` names. It is typed as that of the default task, whose sections people's
+        own code reads; a vision recipe gives a VisionConfig.
+
     Raises:
         ErrorList: every mistake there is, at once.
     """
@@ -50,13 +50,17 @@ def load_recipe(recipe: str | Path | None = None, *overrides: str) -> Config:
         raise ConfigError(str(error).splitlines()[0], where=str(recipe or "overrides")) from None
     assert isinstance(content, dict)
     named = {"recipe": str(recipe)} if recipe is not None else {}
-    return check(named | {str(key): value for key, value in content.items()})
+    return cast(Config, check(named | {str(key): value for key, value in content.items()}))
 
 
-def check(content: dict[str, Any]) -> Config:
-    """A Config from plain nested content; every mistake is collected before any is raised."""
+def check(content: dict[str, Any]) -> RunConfig:
+    """The config of a task from plain nested content; every mistake is collected before any is raised."""
+    task = str(content.get("task", "language"))
+    if task not in TASKS.names():
+        raise ErrorList([ConfigError(f"task={task} is unknown", fix=did_you_mean(task, TASKS.names()))])
+    schema = TASKS.get(task)
     errors: list[QtrainError] = []
-    known = Config.model_fields
+    known = schema.model_fields
     for key in content.keys() - known.keys():
         errors.append(ConfigError(f"{key!r} is no section", fix=did_you_mean(key, known)))
     classes: dict[str, type[Section]] = {
@@ -64,9 +68,9 @@ def check(content: dict[str, Any]) -> Config:
         for name, info in known.items()
         if isinstance(info.annotation, type) and issubclass(info.annotation, Section)
     }
-    for name, registry, key in (("method", METHODS, "name"), ("export", FORMATS, "format")):
+    for name, (registry, key) in schema.tagged.items():
         try:
-            classes[name] = _registered(content.get(name), registry, key, classes[name])
+            classes[name] = _registered(content.get(name), registry, key)
         except ConfigError as error:
             errors.append(error)
             del classes[name]
@@ -84,7 +88,7 @@ def check(content: dict[str, Any]) -> Config:
     errors.extend(_trainer_problems(trainer))
     if errors:
         raise ErrorList(errors)
-    return Config(recipe=content.get("recipe"), trainer=trainer, **sections)
+    return schema(task=task, recipe=content.get("recipe"), trainer=trainer, **sections)
 
 
 def parse_overrides(overrides: tuple[str, ...] | list[str]) -> DictConfig:
@@ -128,17 +132,17 @@ def read_recipe(recipe: str | Path) -> DictConfig:
     return content
 
 
-def save_config(config: Config, path: Path) -> None:
+def save_config(config: RunConfig, path: Path) -> None:
     """Write the resolved config, so that ``qtrain fit recipe=PATH`` repeats the run (and never overwrites it)."""
     content = config.model_dump(mode="json")
     content["run"] |= {"resume": False, "overwrite": False}
     write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 
-def _registered(values: Any, registry: Registry[Any], key: str, section: type[Section]) -> type[Section]:
+def _registered(values: Any, registry: Registry[Any], key: str) -> type[Section]:
     name = values.get(key) if isinstance(values, dict) else None
     if name is None:
-        name = section.model_fields[key].default
+        name = registry.names()[0]
     if name not in registry.names():
         raise ConfigError(
             f"{registry.kind.split()[0]}.{key}={name} is unknown", fix=did_you_mean(str(name), registry.names())
@@ -151,9 +155,9 @@ def _put_aside(recipe: DictConfig, given: DictConfig) -> DictConfig:
     """The recipe less what an override replaces: keys of another method or format, the directory of another run."""
     kept = OmegaConf.to_container(recipe)
     assert isinstance(kept, dict)
-    registries: tuple[tuple[str, Registry[type[MethodSection]] | Registry[type[ExportSection]], str], ...]
-    registries = (("method", METHODS, "name"), ("export", FORMATS, "format"))
-    for section, registry, key in registries:
+    task = OmegaConf.select(given, "task") or OmegaConf.select(recipe, "task") or "language"
+    tagged = TASKS.get(task).tagged if task in TASKS.names() else {}  # an unknown one is told when all is checked
+    for section, (registry, key) in tagged.items():
         old, new = OmegaConf.select(recipe, f"{section}.{key}"), OmegaConf.select(given, f"{section}.{key}")
         if old and new and old != new and new in registry.names():
             fields = registry.get(new).model_fields

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, SerializeAsAny, field_validator
 
 from qtrain.data.config import DataSection
 from qtrain.distill.generation.config import GenerateDataSection
 from qtrain.evaluation.config import GenerateSection
-from qtrain.export.config import ExportSection
-from qtrain.methods.config import MethodSection
+from qtrain.export.config import FORMATS, ExportSection
+from qtrain.methods.config import METHODS, MethodSection
 from qtrain.models.config import ModelSection
+from qtrain.registry import Registry
 from qtrain.section import Section
+from qtrain.vision.config import METHODS as VISION_METHODS
+from qtrain.vision.config import SgdSection, VisionDataSection, VisionModelSection
 
 
 class OptimizerSection(Section):
@@ -47,9 +50,14 @@ class RunSection(Section):
     matmul_precision: Literal["highest", "high", "medium"] = Field(
         "high", description="of fp32 products on a GPU: high is TF32"
     )
-    recompute: Literal["none", "full"] = Field("none", description="full: drop activations and compute them again")
     save_every: int = Field(0, ge=0, description="optimizer steps between checkpoints; 0 is at the end of each epoch")
     keep: int = Field(2, ge=1, description="checkpoints to keep")
+
+
+class LanguageRunSection(RunSection):
+    """The same, and what language models alone have."""
+
+    recompute: Literal["none", "full"] = Field("none", description="full: drop activations and compute them again")
     samples: list[str] = Field(default_factory=list, description="prompts answered at each validation")
 
 
@@ -63,17 +71,56 @@ class WandbSection(Section):
     artifacts: bool = Field(True, description="upload the adapter and the export")
 
 
-class Config(Section):
-    """One run, resolved: every key with its value."""
+class RunConfig(Section):
+    """What the config of every task holds; a task narrows the sections and adds its own."""
 
+    implementation: ClassVar[str]
+    """``package.module:attribute`` of the function that fits it, imported when it runs."""
+
+    tagged: ClassVar[dict[str, tuple[Registry[Any], str]]]
+    """Sections whose class a key of theirs chooses: the table, whose first entry is the default, and the key."""
+
+    task: str = Field(description="what kind of model")
     recipe: str | None = Field(None, description="name or path the run was composed from")
+    model: SerializeAsAny[Section]
+    data: SerializeAsAny[Section]
+    method: SerializeAsAny[MethodSection]
+    optimizer: SerializeAsAny[Section]
+    trainer: dict[str, Any] = Field(default_factory=dict, description="arguments of lightning.Trainer, by their names")
+    run: SerializeAsAny[RunSection]
+    wandb: WandbSection = Field(default_factory=WandbSection)
+
+
+class Config(RunConfig):
+    """One run on a language model, resolved: every key with its value."""
+
+    implementation: ClassVar[str] = "qtrain.training.fit:fit"
+    tagged: ClassVar[dict[str, tuple[Registry[Any], str]]] = {
+        "method": (METHODS, "name"),
+        "export": (FORMATS, "format"),
+    }
+
+    task: Literal["language"] = Field("language", description="what kind of model")
     model: ModelSection = Field(default_factory=ModelSection)
     data: DataSection = Field(default_factory=DataSection)
-    method: SerializeAsAny[MethodSection]
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
-    trainer: dict[str, Any] = Field(default_factory=dict, description="arguments of lightning.Trainer, by their names")
-    run: RunSection = Field(default_factory=RunSection)
-    wandb: WandbSection = Field(default_factory=WandbSection)
+    run: LanguageRunSection = Field(default_factory=LanguageRunSection)
     generate: GenerateSection = Field(default_factory=GenerateSection)
     generate_data: GenerateDataSection = Field(default_factory=GenerateDataSection)
     export: SerializeAsAny[ExportSection]
+
+
+class VisionConfig(RunConfig):
+    """One run on an image classifier, resolved."""
+
+    implementation: ClassVar[str] = "qtrain.training.fit_vision:fit"
+    tagged: ClassVar[dict[str, tuple[Registry[Any], str]]] = {"method": (VISION_METHODS, "name")}
+
+    task: Literal["vision"] = Field("vision", description="what kind of model")
+    model: VisionModelSection = Field(default_factory=VisionModelSection)
+    data: VisionDataSection = Field(default_factory=VisionDataSection)
+    optimizer: SgdSection = Field(default_factory=SgdSection)
+    run: RunSection = Field(default_factory=RunSection)
+
+
+TASKS: Registry[type[RunConfig]] = Registry("task", {"language": Config, "vision": VisionConfig})

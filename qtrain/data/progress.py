@@ -23,7 +23,8 @@ def progress_of(trainer: lightning.Trainer) -> Progress:
 def settle_epoch(trainer: lightning.Trainer, *, sized: bool) -> None:
     """Make the counters of a checkpoint that was saved at the end of an epoch mean what they say (Lightning 2.6.6).
 
-    - Saved in ``on_train_epoch_end`` and resumed under ``max_steps``, the epoch is counted twice.
+    - Saved in ``on_train_epoch_end`` and resumed under ``max_steps``, the epoch is counted twice, and where there is
+      validation the next step is logged as the one after it.
     - Saved after the last batch of a loader without length, the epoch after it is passed over.
 
     Call it when the loops are restored and have not begun to run: from ``train_dataloader``.
@@ -34,5 +35,7 @@ def settle_epoch(trainer: lightning.Trainer, *, sized: bool) -> None:
         for tracker in (epochs.current, epochs.total):
             tracker.completed += 1
         batches.reset_on_run()
+        if sized:
+            trainer.fit_loop.epoch_loop.restarting = False  # the next epoch starts like any other
     if not sized and not isinstance(trainer.limit_train_batches, int):
         batches.is_last_batch = False

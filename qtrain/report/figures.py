@@ -98,6 +98,10 @@ def headlines(run: RunFiles) -> list[Headline]:
     first, last = _ends(run, "perplexity")
     if last is not None:
         found.append(Headline("held-out perplexity", readable(last), f"from {readable(first)}" if first else ""))
+    for column, split, name in (("val", "validation", "held-out accuracy"), ("test", "test", "test accuracy")):
+        if curve := run.metrics.get(f"{column}/accuracy"):
+            images = run.data.get(split, {}).get("samples")
+            found.append(Headline(name, f"{curve[-1][1]:.2%}", f"of {images:,} images" if images else ""))
     if rates := run.metrics.get("throughput/tokens_per_second"):
         found.append(
             Headline(

@@ -89,15 +89,20 @@ def loss_plot(run: RunFiles) -> Plot | None:
     if not lines:
         return None
     keys = [name for name, series in (("train", train), ("held-out", validation)) if series]
-    wide, narrow = (curves("loss", "nats a token", lines, size) for size in (WIDE, SMALL))
+    unit = "nats an image" if run.metrics.get("val/accuracy") or run.metrics.get("test/accuracy") else "nats a token"
+    wide, narrow = (curves("loss", unit, lines, size) for size in (WIDE, SMALL))
     return Plot("Loss", wide, narrow, keys)
 
 
 def small_plots(run: RunFiles) -> list[Plot]:
-    """Learning rate, speed and memory."""
+    """Accuracy, learning rate, speed and memory."""
+    speed = ("Speed", "throughput/tokens_per_second", "tokens a second, without padding")
+    if not run.metrics.get(speed[1]):
+        speed = ("Speed", "throughput/samples_per_second", "samples a second")
     wanted = [
+        ("Held-out accuracy", "val/accuracy", ""),
         ("Learning rate", "train/lr", ""),
-        ("Speed", "throughput/tokens_per_second", "tokens a second, without padding"),
+        speed,
         ("Peak memory", "throughput/peak_gib", "GiB"),
     ]
     return [

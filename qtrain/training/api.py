@@ -10,13 +10,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qtrain.config.problems import problems
-from qtrain.config.schema import Config
+from qtrain.config.schema import Config, RunConfig
 from qtrain.errors import ErrorList
 from qtrain.methods.config import METHODS
 from qtrain.methods.method import build_method
 from qtrain.models.dtype import resolve_dtypes
+from qtrain.registry import resolve
 from qtrain.training.export_run import export_run as export_into
-from qtrain.training.fit import fit as fit_run
 from qtrain.training.run_directory import RunDirectory
 
 
@@ -49,9 +49,10 @@ def prepare(
     return build_method(section).prepare(model, compute_dtype=compute, device=target).train()
 
 
-def fit(config: Config) -> dict[str, Any]:
+def fit(config: RunConfig) -> dict[str, Any]:
     """Train as ``qtrain fit`` does; the figures of fit.json."""
-    return fit_run(config, RunDirectory.of(config))
+    figures: dict[str, Any] = resolve(config.implementation)(config, RunDirectory.of(config))
+    return figures
 
 
 def export_run(config: Config) -> dict[str, Any]:

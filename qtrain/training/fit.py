@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.callbacks import Callback
 
-from qtrain.callbacks.nan_guard import NanGuard
-from qtrain.callbacks.progress_lines import ProgressLines
 from qtrain.callbacks.samples import SampleGenerations
 from qtrain.callbacks.throughput import Throughput
-from qtrain.callbacks.trainable_checkpoint import TrainableCheckpoint, read_checkpoint
+from qtrain.callbacks.trainable_checkpoint import read_checkpoint
 from qtrain.config.compose import save_config
 from qtrain.config.schema import Config
 from qtrain.console import say
 from qtrain.data.datamodule import LanguageData
-from qtrain.errors import ConfigError
 from qtrain.evaluation.progress import progress_over
 from qtrain.files import write_json
-from qtrain.models.dtype import resolve_dtypes
 from qtrain.report.write import write_report
 from qtrain.training.module import LanguageModule
 from qtrain.training.run_directory import RunDirectory
 from qtrain.training.tracking import close, log_artifacts, loggers
+from qtrain.training.trainer import (
+    device_name,
+    finished,
+    goal,
+    number,
+    products,
+    run_callbacks,
+    trainer_arguments,
+)
 
 
 def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
@@ -39,7 +43,7 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
     begin = time.monotonic()
     checkpoint = run.start(resume=config.run.resume, overwrite=config.run.overwrite)
     step = read_checkpoint(str(checkpoint))["global_step"] if checkpoint else None
-    if _finished(step, config, run):
+    if finished(step, config, run):
         say(f"this run has its {step} steps already: nothing to do (a larger trainer.max_steps goes on)")
         found: dict[str, Any] = json.loads(run.result("fit").read_text(encoding="utf-8"))
         return found
@@ -68,14 +72,14 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
     save_config(config, run.config)
     write_json(run.result("data"), data.summary.to_dict())
     trainer.loggers = loggers(config, run.path, step)
-    facts = [f"loss        {module.loss_path}", _products(trainer)]
+    facts = [f"loss        {module.loss_path}", products(trainer)]
     say([*module.method.lines(module.model), *facts], title="model")
     before = _held_out(trainer, module, data) if validated and checkpoint is None else {}
-    say(f"to {_goal(trainer, data)}, from {f'step {step}' if checkpoint else 'the start'}", title="training")
+    say(f"to {goal(trainer)}, from {f'step {step}' if checkpoint else 'the start'}", title="training")
     trained_from = time.monotonic()
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     seconds = time.monotonic() - trained_from
-    train_loss = _number(trainer.callback_metrics.get("train/loss"))  # validating anew forgets it
+    train_loss = number(trainer.callback_metrics.get("train/loss"))  # validating anew forgets it
     after = _held_out(trainer, module, data) if validated else {}
     if checkpoint is not None and run.result("fit").exists():
         before = _earlier(run)
@@ -89,7 +93,7 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
         "peak_gib": throughput.peak_gib,
         "trained_parameters": sum(p.numel() for p in module.model.parameters() if p.requires_grad),
         "loss_path": module.loss_path,
-        "device": _device_name(trainer.strategy.root_device),
+        "device": device_name(trainer.strategy.root_device),
         "train_seconds": round(seconds, 1),
         "seconds": round(time.monotonic() - begin, 1),
         "base": config.model.path,
@@ -105,48 +109,8 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
     return figures
 
 
-def trainer_arguments(config: Config) -> dict[str, Any]:
-    """What ``lightning.Trainer`` is given: ``trainer.*`` and what follows from other sections.
-
-    Raises:
-        ConfigError: ``trainer.precision`` contradicts ``method.compute_dtype``.
-    """
-    given = dict(config.trainer)
-    accelerator = str(given.get("accelerator", "auto"))
-    on_gpu = torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")
-    _, compute = resolve_dtypes(
-        config.model.dtype, config.method.compute_dtype, torch.device("cuda" if on_gpu else "cpu")
-    )
-    precision = "bf16-mixed" if compute == torch.bfloat16 else "32-true"
-    asked = given.pop("precision", None)
-    if asked is not None and str(asked) not in (
-        precision,
-        precision.removesuffix("-true"),
-        precision.removesuffix("-mixed"),
-    ):
-        raise ConfigError(
-            f"trainer.precision={asked} contradicts products in {str(compute).removeprefix('torch.')}",
-            rule="precision has one owner: method.compute_dtype (and model.dtype for storage)",
-            fix=f"leave trainer.precision out; method.compute_dtype={'bf16' if 'bf16' in str(asked) else 'fp32'}",
-        )
-    if "max_steps" not in given and "max_epochs" not in given and "max_time" not in given:
-        given["max_epochs"] = 1
-    defaults = {
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-        "log_every_n_steps": 1,
-        "enable_progress_bar": sys.stderr.isatty(),
-        "use_distributed_sampler": False,  # LanguageData takes the rank's share itself
-    }
-    return {**defaults, **given, "precision": precision}
-
-
 def _callbacks(config: Config, run: RunDirectory) -> list[Callback]:
-    chosen: list[Callback] = [
-        NanGuard(),
-        TrainableCheckpoint(str(run.checkpoints), every_n_train_steps=config.run.save_every, keep=config.run.keep),
-        RichProgressBar() if sys.stderr.isatty() else ProgressLines(),
-    ]
+    chosen = run_callbacks(config, run)
     if config.run.samples:
         chosen.append(SampleGenerations(config.run.samples, config.generate, dir=run.path))
     return chosen
@@ -160,26 +124,3 @@ def _held_out(trainer: L.Trainer, module: LanguageModule, data: LanguageData) ->
 def _earlier(run: RunDirectory) -> dict[str, Any]:
     content = json.loads(run.result("fit").read_text(encoding="utf-8"))
     return {key.removesuffix("_before"): value for key, value in content.items() if key.endswith("_before")}
-
-
-def _goal(trainer: L.Trainer, data: LanguageData) -> str:
-    return f"{trainer.max_steps} steps" if trainer.max_steps != -1 else f"{trainer.max_epochs} epochs"
-
-
-def _products(trainer: L.Trainer) -> str:
-    kind = "bf16" if "bf16" in str(trainer.precision) else "fp32"
-    return f"products    {kind} on {_device_name(trainer.strategy.root_device)}"
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-
-
-def _finished(step: int | None, config: Config, run: RunDirectory) -> bool:
-    """Whether the checkpoint to go on from is the last step that was asked for."""
-    limit = config.trainer.get("max_steps", -1)
-    return step is not None and 0 < limit <= step and run.result("fit").exists()
-
-
-def _number(value: Any) -> float | None:
-    return None if value is None else float(value)

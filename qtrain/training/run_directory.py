@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from qtrain.config.schema import Config
+from qtrain.config.schema import RunConfig
 from qtrain.errors import CheckpointError
 
 CHECKPOINTS = "checkpoints"
@@ -14,12 +14,12 @@ CHECKPOINTS = "checkpoints"
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Paths of one run: config, metrics, checkpoints, adapter, results, report, exports."""
+    """Paths of one run: config, metrics, checkpoints, what was trained, results, report, exports."""
 
     path: Path
 
     @classmethod
-    def of(cls, config: Config, default_name: str = "run") -> RunDirectory:
+    def of(cls, config: RunConfig, default_name: str = "run") -> RunDirectory:
         """``run.dir``, else ``runs/NAME`` by ``run.name``, the recipe's name or ``default_name``."""
         if config.run.dir:
             return cls(Path(config.run.dir))
@@ -83,7 +83,7 @@ class RunDirectory:
 
     def clear(self) -> None:
         """Let go of what an earlier run left; files of other programs stay."""
-        for entry in (CHECKPOINTS, "adapter", "export", "wandb"):
+        for entry in (CHECKPOINTS, "adapter", "weights", "export", "wandb"):
             shutil.rmtree(self.path / entry, ignore_errors=True)
         for file in [*self.path.glob("*.json"), *self.path.glob("*.jsonl"), self.path / "metrics.csv"]:
             file.unlink(missing_ok=True)

@@ -10,14 +10,14 @@ from pathlib import Path
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from qtrain.config.schema import Config
+from qtrain.config.schema import RunConfig
 from qtrain.training.metrics_file import MetricsFile
 
 log = logging.getLogger(__name__)
 WITHOUT = "W&B is off, figures go to metrics.csv alone: %s"
 
 
-def loggers(config: Config, run_dir: Path, resume_step: int | None = None) -> list[Logger]:
+def loggers(config: RunConfig, run_dir: Path, resume_step: int | None = None) -> list[Logger]:
     """`metrics.csv`, exactly there in ``run_dir``, and W&B if it is enabled and can be reached.
 
     Args:
@@ -32,13 +32,13 @@ def loggers(config: Config, run_dir: Path, resume_step: int | None = None) -> li
 
 
 @rank_zero_only
-def log_artifacts(config: Config, loggers: Iterable[Logger], directories: Mapping[str, Path]) -> None:
+def log_artifacts(config: RunConfig, loggers: Iterable[Logger], directories: Mapping[str, Path]) -> None:
     """Upload each directory to W&B as an artifact ``RUN-NAME`` of type model; without W&B there is nothing to do.
 
     Args:
         config: ``wandb.artifacts`` switches it off.
         loggers: those of the run.
-        directories: what it is (``adapter``, ``export``) and where it lies.
+        directories: what it is (``adapter``, ``weights``, ``export``) and where it lies.
     """
     if not config.wandb.artifacts:
         return
@@ -64,7 +64,7 @@ def close(loggers: Iterable[Logger]) -> None:
 
 
 @rank_zero_only
-def _wandb_logger(config: Config, run_dir: Path) -> WandbLogger | None:
+def _wandb_logger(config: RunConfig, run_dir: Path) -> WandbLogger | None:
     try:
         import wandb  # it takes 1 s, and a run without it is a run
     except ImportError:

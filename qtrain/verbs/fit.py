@@ -2,35 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from qtrain.console import hush_lightning, say, table
-from qtrain.training.fit import fit
+from qtrain.registry import resolve
 from qtrain.verbs.request import Request
 
 
 def run(request: Request) -> None:
     """Train, then show the figures and where everything lies."""
+    fit = resolve(request.config.implementation)
     hush_lightning()
     figures = fit(request.config, request.run)
     if "val_loss_after" in figures:
         table("held-out text", ("", "loss", "perplexity"), list(_held_out(figures)))
+    if "test_accuracy" in figures:
+        table("images", ("", "loss", "accuracy"), list(_accuracies(figures)))
+    result = request.run.path / ("adapter" if request.config.task == "language" else "weights")
     facts = {
         "steps": f"{figures['steps']}, {figures['train_seconds']:.0f} s",
-        "speed": f"{figures['tokens_per_second']:,.0f} tokens/s"
-        if figures["tokens_per_second"]
-        else "too short to measure",
+        "speed": _speed(figures),
         "memory": f"{figures['peak_gib']:.2f} GiB at its peak",
-        "adapter": str(request.run.adapter),
+        result.name: str(result),
         "report": str(request.run.path / "report.html"),
     }
     say((f"{name:<12}{value}" for name, value in facts.items()), title="done")
-    say(f"\nnext: qtrain export run.dir={request.run.path}")
+    if request.config.task == "language":
+        say(f"\nnext: qtrain export run.dir={request.run.path}")
 
 
-def _held_out(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
-    rows = []
-    for name, key in (("before", "before"), ("after", "after")):
-        if f"val_loss_{key}" in figures:
-            rows.append((name, f"{figures[f'val_loss_{key}']:.4f}", f"{figures[f'val_perplexity_{key}']:.2f}"))
-    return rows
+def _held_out(figures: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    for moment in ("before", "after"):
+        if f"val_loss_{moment}" in figures:
+            yield moment, f"{figures[f'val_loss_{moment}']:.4f}", f"{figures[f'val_perplexity_{moment}']:.2f}"
+
+
+def _accuracies(figures: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    for name, split in (("held out", "val"), ("test", "test")):
+        if f"{split}_loss" in figures:
+            yield name, f"{figures[f'{split}_loss']:.4f}", f"{figures[f'{split}_accuracy']:.2%}"
+
+
+def _speed(figures: dict[str, Any]) -> str:
+    for unit in ("tokens", "images"):
+        if figures.get(f"{unit}_per_second"):
+            return f"{figures[f'{unit}_per_second']:,.0f} {unit}/s"
+    return "too short to measure"

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qtrain.config.compose import load_recipe, parse_overrides
-from qtrain.config.schema import Config
+from qtrain.config.schema import Config, RunConfig, VisionConfig
 from qtrain.data.sources import check_sources
 from qtrain.errors import CheckpointError, ErrorList, QtrainError
 from qtrain.models.source import find_model
 from qtrain.training.run_directory import RunDirectory
+from qtrain.vision.files import find_files
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,20 @@ def check_inputs(request: Request, *, splits: Sequence[str]) -> None:
     Raises:
         ErrorList: what is not there, all of it.
     """
+    config: RunConfig = request.config
+    if isinstance(config, VisionConfig):
+        find_files(config.data.path)
+    else:
+        _check_language_inputs(request.config, splits)
+
+
+def _check_language_inputs(config: Config, splits: Sequence[str]) -> None:
     errors: list[QtrainError] = []
     try:
-        find_model(request.config.model)
+        find_model(config.model)
     except QtrainError as error:
         errors.append(error)
-    data = request.config.data
+    data = config.data
     kept = {name: None for name in ("train", "validation", "test", "predict") if name not in splits}
     errors.extend(check_sources(data.model_copy(update=kept)))
     for split in splits:

@@ -16,6 +16,7 @@ class Verb:
         run: ``package.module:function`` that takes a Request.
         sections: of the config that it reads, for its --help.
         splits: data that must be there.
+        tasks: those it serves.
         needs_run: works on a finished run.
     """
 
@@ -23,6 +24,7 @@ class Verb:
     run: str
     sections: tuple[str, ...]
     splits: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ("language",)
     needs_run: bool = False
 
 
@@ -35,6 +37,7 @@ VERBS: Registry[Verb] = Registry(
             "qtrain.verbs.fit:run",
             (*EVERYWHERE, "data", "method", "optimizer", "trainer", "wandb"),
             ("train", "validation"),
+            tasks=("language", "vision"),
         ),
         "validate": Verb(
             "loss and perplexity on data.validation, of a run or of model.path",

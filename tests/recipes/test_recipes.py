@@ -21,6 +21,7 @@ TAGS = {("method", "name"), ("export", "format")}
 def content(name: str) -> dict[str, Any]:
     loaded = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
     assert isinstance(loaded, dict)
+    loaded.pop("task", None)  # a tag and no section: it says which sections there are
     return loaded
 
 

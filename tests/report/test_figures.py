@@ -83,6 +83,15 @@ def test_headlines_tell_the_change_and_the_export_that_drifts_most() -> None:
     assert headlines(RunFiles("run", "", {}, {}, {}, [], {})) == []
 
 
+def test_accuracies_are_told_with_the_number_of_images() -> None:
+    metrics = {"val/accuracy": [(10, 0.5), (20, 0.91)], "test/accuracy": [(20, 0.9043)]}
+    run = RunFiles("run", "", metrics, {}, {"test": {"samples": 10000}}, [], {})
+    assert [(line.label, line.value, line.note) for line in headlines(run)] == [
+        ("held-out accuracy", "91.00%", ""),
+        ("test accuracy", "90.43%", "of 10,000 images"),
+    ]
+
+
 def test_the_fits_own_figures_come_before_the_curves() -> None:
     fit = {"val_loss_before": 4.0, "val_loss_after": 2.0}
     run = RunFiles("run", "", {"val/loss": [(5, 3.0), (10, 2.1)]}, fit, {}, [], {})

@@ -10,8 +10,8 @@ import torch
 
 from qtrain.config.compose import load_recipe
 from qtrain.data.datamodule import LanguageData
-from qtrain.training.fit import trainer_arguments
 from qtrain.training.module import LanguageModule
+from qtrain.training.trainer import trainer_arguments
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # peft 0.21 on transformers 5.23

@@ -1,0 +1,133 @@
+"""From a config to a trained image classifier, its figures and its report."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from qtrain.callbacks.throughput import Throughput
+from qtrain.callbacks.trainable_checkpoint import read_checkpoint
+from qtrain.config.compose import save_config
+from qtrain.config.schema import VisionConfig
+from qtrain.console import say
+from qtrain.errors import ConfigError
+from qtrain.files import atomic_directory, write_json
+from qtrain.report.write import write_report
+from qtrain.training.run_directory import RunDirectory
+from qtrain.training.tracking import close, log_artifacts, loggers
+from qtrain.training.trainer import (
+    device_name,
+    finished,
+    goal,
+    number,
+    products,
+    run_callbacks,
+    trainer_arguments,
+)
+from qtrain.vision.classifier import ImageClassifier
+from qtrain.vision.config import VisionModelSection
+from qtrain.vision.datamodule import ImageData
+from qtrain.vision.resnet import ResNet
+
+ACTIVATIONS = {"relu": nn.ReLU, "relu6": nn.ReLU6}
+
+
+def build_model(section: VisionModelSection) -> ResNet:
+    """The network that ``model.*`` describes, with fresh weights."""
+    depth = int(section.architecture.removeprefix("resnet"))
+    return ResNet(depth, section.width, section.classes, activation=ACTIVATIONS[section.activation])
+
+
+def fit(config: VisionConfig, run: RunDirectory) -> dict[str, Any]:
+    """Train as ``config`` says and leave everything in ``run``; the figures, as fit.json holds them.
+
+    Raises:
+        QtrainError: data or checkpoint cannot be used; nothing of an earlier run is lost then.
+    """
+    begin = time.monotonic()
+    checkpoint = run.start(resume=config.run.resume, overwrite=config.run.overwrite)
+    step = read_checkpoint(str(checkpoint))["global_step"] if checkpoint else None
+    if finished(step, config, run):
+        say(f"this run has its {step} steps already: nothing to do (a larger trainer.max_steps goes on)")
+        found: dict[str, Any] = json.loads(run.result("fit").read_text(encoding="utf-8"))
+        return found
+    data = ImageData(config.data, classes=config.model.classes, seed=config.run.seed)
+    data.setup("fit")
+    say(f"{'images':<12}" + ", ".join(f"{len(images):,} {name}" for name, images in data.splits.items()), title="data")
+    L.seed_everything(config.run.seed, verbose=False)
+    torch.set_float32_matmul_precision(config.run.matmul_precision)
+    optimizer = config.optimizer.model_dump(exclude={"name"})
+    module = ImageClassifier(build_model(config.model), **optimizer)
+    throughput = Throughput()
+    trainer = L.Trainer(
+        # Shapes never change, and a step takes milliseconds, less than logging it.
+        **trainer_arguments(config, benchmark=True, log_every_n_steps=20),
+        logger=False,
+        callbacks=[*run_callbacks(config, run), throughput],
+        default_root_dir=run.path,
+    )
+    _check_length(trainer)
+    # Only now that data and model are known to be good does an earlier run give way.
+    if checkpoint is None:
+        run.clear()
+    save_config(config, run.config)
+    write_json(run.result("data"), data.summary())
+    trainer.loggers = loggers(config, run.path, step)
+    parameters = sum(p.numel() for p in module.parameters())
+    network = f"{'network':<12}{config.model.architecture}, width {config.model.width}, {parameters:,} parameters"
+    say([network, products(trainer)], title="model")
+    say(f"to {goal(trainer)}, from {f'step {step}' if checkpoint else 'the start'}", title="training")
+    trained_from = time.monotonic()
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    seconds = time.monotonic() - trained_from
+    figures: dict[str, Any] = {
+        "steps": trainer.global_step,
+        "train_loss": number(trainer.callback_metrics.get("train/loss")),
+        **(
+            _measured("val", trainer.validate(module, datamodule=data, verbose=False))
+            if config.data.validation_share
+            else {}
+        ),
+        **_measured("test", trainer.test(module, datamodule=data, verbose=False)),
+        "images_per_second": throughput.samples_per_second,
+        "peak_gib": throughput.peak_gib,
+        "trained_parameters": parameters,
+        "device": device_name(trainer.strategy.root_device),
+        "train_seconds": round(seconds, 1),
+        "seconds": round(time.monotonic() - begin, 1),
+    }
+    if trainer.is_global_zero:
+        weights = run.path / "weights"
+        _save(module.model, weights)
+        write_json(run.result("fit"), figures)
+        write_report(run.path)
+        log_artifacts(config, trainer.loggers, {"weights": weights})
+        close(trainer.loggers)
+    return figures
+
+
+def _check_length(trainer: L.Trainer) -> None:
+    if trainer.max_steps == -1 and trainer.max_epochs == -1:
+        raise ConfigError(
+            "the number of steps is not known",
+            rule="the learning rate reaches 0 with the last one; trainer.max_time has no known end",
+            fix="trainer.max_epochs=30, or trainer.max_steps=N",
+        )
+
+
+def _measured(split: str, found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {f"{split}_{figure}": found[0][f"{split}/{figure}"] for figure in ("loss", "accuracy")}
+
+
+def _save(model: nn.Module, path: Path) -> None:
+    with atomic_directory(path) as directory:
+        tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
+        save_file(tensors, directory / "model.safetensors")
