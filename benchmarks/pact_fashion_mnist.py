@@ -198,7 +198,10 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    shown = {run["precision"]: run["bounds"] for run in reversed(found) if run["bounds"]}
+    shown: dict[str, dict[str, list[float]]] = {}
+    for run in found:
+        if run["bounds"]:
+            shown.setdefault(run["precision"], run["bounds"])
     figure = Figure(figsize=(4.5 * len(shown), 3.5), layout="constrained")
     for axes, (precision, course) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True):
         for number, (name, values) in enumerate(course.items()):
