@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qtrain.errors import DataError, ModelError
 from qtrain.evaluation.config import GenerateSection
 from qtrain.evaluation.inference import device_of, evaluating
 from qtrain.evaluation.progress import progress
+from qtrain.modules.kv.cache import quantized_cache
+from qtrain.modules.kv.prepare import kv_quantizers
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ def generate(
 ) -> list[Generation]:
     """Continue or answer each prompt as ``section`` says, in the order given.
 
+    A model with quantized keys and values decodes with a cache of their codes.
     The same seed gives the same text, and nothing is left behind: the state of the global random generators, the
     model's modes and its generation config are as before. ``section.prompt`` is not read.
 
@@ -74,7 +77,10 @@ def generate_ids(
     with evaluating(model), _seeded(section.seed, device_of(model)), _only(config, model):
         for batch in progress(batches, "generating"):
             ids, mask = _left_padded([encoded[i] for i in batch], config.pad_token_id, device_of(model))
-            output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # type: ignore[operator]
+            with _cache(model) as cache:
+                output = model.generate(  # type: ignore[operator]
+                    input_ids=ids, attention_mask=mask, generation_config=config, **cache
+                )
             for i, new in zip(batch, output[:, ids.shape[1] :].tolist(), strict=True):
                 end = next((at for at, token in enumerate(new) if token in ends), None)
                 text = tokenizer.decode(new[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -142,6 +148,16 @@ def _left_padded(rows: list[list[int]], pad: int, device: torch.device) -> tuple
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
     return ids, mask
+
+
+@contextmanager
+def _cache(model: nn.Module) -> Iterator[dict[str, Cache]]:
+    """A cache of codes as ``generate`` takes it, where keys or values are quantized; else transformers' own."""
+    if not any(quantizer.enabled for _, quantizer in kv_quantizers(model)):
+        yield {}
+        return
+    with quantized_cache(model) as cache:
+        yield {"past_key_values": cache}
 
 
 @contextmanager

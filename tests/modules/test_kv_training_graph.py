@@ -58,6 +58,19 @@ def test_off_or_removed_is_the_plain_model(decoder: Decoder, kind: str, attentio
         assert torch.equal(model(IDS).logits, plain)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_window_as_long_as_the_text_changes_nothing(decoder: Decoder, kind: str, attention: str) -> None:
+    """The window's own attention, with capped scores (Gemma 2), sliding layers and padding, is the model's."""
+    model = decoder(kind, attention)
+    mask = torch.ones_like(IDS)
+    mask[0, :6] = 0
+    expected = model(IDS, attention_mask=mask, labels=IDS)
+    prepare_kv(model, KVCacheSection(format="int2", residual=21))
+    found = model(IDS, attention_mask=mask, labels=IDS)
+    assert torch.allclose(found.logits[mask.bool()], expected.logits[mask.bool()], atol=1e-5)
+
+
 @pytest.mark.parametrize("share", ["per_head", "per_token"])
 @pytest.mark.parametrize("site", ["pre_rope", "post_rope"])
 def test_llama_by_hand(decoder: Decoder, site: str, share: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,9 +155,7 @@ def test_straight_through(decoder: Decoder) -> None:
     assert torch.allclose(*gradients, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "section", [SECTIONS["after, per head"], SECTIONS["before, per token"]], ids=["after", "before"]
-)
+@pytest.mark.parametrize("section", SECTIONS.values(), ids=SECTIONS)
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo on autograd functions
 def test_a_decoder_layer_compiles_whole(decoder: Decoder, section: dict[str, Any]) -> None:
     model = decoder("llama", num_hidden_layers=1)
@@ -268,4 +279,4 @@ def test_unknown_layouts_are_refused_by_name(decoder: Decoder) -> None:
     with pytest.raises(ModelError, match="already"):
         prepare_kv(model, KVCacheSection())
     with pytest.raises(ModelError, match="no self-attention"):
-        prepare_kv(decoder("llama").lm_head, KVCacheSection())  # type: ignore[arg-type]
+        prepare_kv(decoder("llama").lm_head, KVCacheSection())

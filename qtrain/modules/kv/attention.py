@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from qtrain.errors import ModelError
 from qtrain.modules.kv.quantizer import KVQuantizer
-from qtrain.modules.kv.residual import windowed_attention
+from qtrain.modules.kv.residual import seen_pairs, windowed_attention, without_padding
 
 BackEnd = Callable[..., tuple[Tensor, Tensor | None]]
 PREFIX = "qtrain_"
@@ -98,19 +98,20 @@ def _windowed(
             rule="scores are scaled, capped, masked and put through a softmax, nothing else",
             fix="method.kv_cache.share=per_head method.kv_cache.residual=0",
         )
-    assert quantizer.window is not None
+    window, length = quantizer.window, key.shape[2]
+    assert window is not None
     if quantizer.reader is not None:
         coded_key, coded_value = quantizer.reader.coded
     else:
-        window, seen = quantizer.window, key.shape[2]
-        coded_key, coded_value = quantizer(key[:, :, : window.keys(seen)], value[:, :, : window.values(seen)])
+        key = without_padding(key, seen_pairs(mask))
+        coded_key, coded_value = quantizer(key[:, :, : window.keys(length)], value[:, :, : window.values(length)])
     return windowed_attention(
         query,
         key,
         value,
         coded_key,
         coded_value,
-        quantizer.window,
+        window,
         mask,
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         dropout=dropout,

@@ -86,7 +86,7 @@ def _enter(
     given = any(argument is cache for argument in (*args, *kwargs.values()))
     layer.quantizer.reader = layer if given else None
     if given:
-        layer.enter(kwargs.get("position_embeddings"))
+        layer.enter(kwargs)
 
 
 def _layer(attention: nn.Module, angles: list[Angles]) -> CodedLayer:
@@ -99,6 +99,11 @@ def _layer(attention: nn.Module, angles: list[Angles]) -> CodedLayer:
 
 
 def _check(attention: nn.Module) -> None:
+    if getattr(attention.config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{type(attention).__name__} is of an encoder-decoder",
+            rule="a cache of codes is a decoder's own: it holds no cross-attention",
+        )
     if getattr(attention, "is_kv_shared_layer", False):
         raise ModelError(
             f"layer {attention.layer_idx} of {type(attention).__name__} attends to another layer's keys and values",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 from qtrain.errors import ModelError
 from qtrain.modules.kv.codes import Codes
 from qtrain.modules.kv.quantizer import KVQuantizer
+from qtrain.modules.kv.residual import seen_pairs, without_padding
 from qtrain.modules.kv.rotation import Angles, Rotation
 from qtrain.modules.kv.sites import Parts
 
@@ -25,6 +26,7 @@ class CodedLayer(CacheLayerMixin):
     """
 
     is_sliding = False
+    is_croppable = True
     supports_early_init = False
 
     def __init__(self, attention: nn.Module, quantizer: KVQuantizer) -> None:
@@ -33,8 +35,8 @@ class CodedLayer(CacheLayerMixin):
         self.key = Codes(quantizer.key, quantizer.key_layout)
         self.value = Codes(quantizer.value, quantizer.value_layout)
 
-    def enter(self, angles: Angular | None) -> None:
-        """Called as the attention module begins a forward with this cache; ``angles``: its position embeddings."""
+    def enter(self, given: Mapping[str, Any]) -> None:
+        """Called as the attention module begins a forward with this cache; ``given``: its arguments."""
 
     def see(self, parts: Parts) -> None:
         """Keys and values before RoPE, where there is a hook."""
@@ -129,14 +131,15 @@ class RotatedLayer(CodedLayer):
         super().__init__(attention, quantizer)
         self.rotation = Rotation(attention)
         self.known, self.angles, self.owner = angles, Angles(), False
-        self.given: Angular | None = None
+        self.new_angles: Angular | None = None
         self.parts: Parts = {}
 
-    def enter(self, angles: Angular | None) -> None:
+    def enter(self, given: Mapping[str, Any]) -> None:
         """Take the new tokens' angles."""
+        angles = given.get("position_embeddings")
         if angles is None:
             raise self.rotation.unknown("is not given its position embeddings by name")
-        self.given, self.parts = angles, {}
+        self.new_angles, self.parts = angles, {}
 
     def see(self, parts: Parts) -> None:
         """Take keys and values as they come from the projections."""
@@ -153,7 +156,7 @@ class RotatedLayer(CodedLayer):
         key = self.rotation(self.key.read(), self.angles.cos, self.angles.sin)
         if first:
             self.rotation.check(key, key_states)
-        self.given, self.parts = None, {}
+        self.new_angles, self.parts = None, {}
         return key, self.value.read()
 
     def reorder(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -179,8 +182,8 @@ class RotatedLayer(CodedLayer):
         return super().nbytes + (self.angles.nbytes if self.owner else 0)
 
     def _extend(self, first: bool) -> None:
-        assert self.given is not None
-        cos, sin = self.given
+        assert self.new_angles is not None
+        cos, sin = self.new_angles
         if first:
             shared = next((angles for angles in self.known if angles.newest is cos), None)
             self.owner = shared is None
@@ -207,11 +210,17 @@ class WindowedLayer(CodedLayer):
         self.window = quantizer.window
         self.coded: tuple[Tensor, Tensor]
         self.tails: list[Tensor] = []
+        self.pairs: Tensor | None = None
+
+    def enter(self, given: Mapping[str, Any]) -> None:
+        """Take the mask."""
+        self.pairs = seen_pairs(given.get("attention_mask"))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store new tokens and move those that leave the window to codes."""
         self.check_in_use()
         seen = self.get_seq_length() + key_states.shape[2]
+        key_states = without_padding(key_states, self.pairs)
         tails = self.tails or [key_states[:, :, :0], value_states[:, :, :0]]
         sides = (
             (self.key, tails[0], key_states, self.window.keys(seen)),

@@ -19,12 +19,16 @@ from qtrain.modules.quantizer import Quantizer
 CHILD = "kv_quantizer"
 
 
-def prepare_kv(model: PreTrainedModel, section: KVCacheSection) -> list[str]:
+def prepare_kv(model: nn.Module, section: KVCacheSection) -> list[str]:
     """Fake-quantize the keys and values of every decoder self-attention of ``model``.
 
     Each attention module gets a child ``kv_quantizer``. Rotated keys are quantized in an attention function that wraps
     the model's own (``config._attn_implementation`` becomes ``qtrain_sdpa``, ...), others by hooks on the modules whose
-    outputs they are; so layers are swapped and adapters added before this.
+    outputs they are; so layers are swapped and adapters added before this. A static or learned range is calibrated
+    afterwards (``observe`` and ``settle`` of each of ``kv_quantizers``).
+
+    Args:
+        model: a decoder of transformers, alone or wrapped.
 
     Returns:
         The names of the attention modules.

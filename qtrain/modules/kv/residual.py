@@ -32,6 +32,24 @@ class Window:
         return max(0, seen - self.residual)
 
 
+def seen_pairs(mask: Tensor | None) -> Tensor | None:
+    """An sdpa (bool) or eager (added) mask [B, 1 or H, S_q, S_k] as bool: True is seen. None stays None: causal."""
+    if mask is None or mask.dtype == torch.bool:
+        return mask
+    return mask > torch.finfo(mask.dtype).min / 2
+
+
+def without_padding(x: Tensor, seen: Tensor | None) -> Tensor:
+    """Keys or values [B, H_kv, n, D] of the newest n columns, zero where no query sees them.
+
+    Zeros never widen a range, so that padding does not decide the scale of a group of tokens it is in.
+    """
+    if seen is None:
+        return x
+    columns = seen[:, :1, :, seen.shape[-1] - x.shape[2] :].any(dim=2).unsqueeze(-1)
+    return x.masked_fill(~columns, 0.0)
+
+
 def windowed_attention(
     query: Tensor,
     key: Tensor,
@@ -47,7 +65,7 @@ def windowed_attention(
 ) -> tuple[Tensor, Tensor]:
     """softmax(scaling q k^T + mask) v, where each query sees old keys and values as codes and new ones as they are.
 
-    Plain products with all scores in memory: S_q S_k numbers a head.
+    Plain products with all scores in memory: S_q S_k numbers a head. A query that sees nothing (padding) gets zeros.
 
     Args:
         query: [B, H, S_q, D], of the last S_q tokens.
@@ -70,11 +88,12 @@ def windowed_attention(
     scores = torch.cat([coded, scores[..., coded_key.shape[2] :]], dim=-1).flatten(1, 2) * scaling
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    if mask is None:
-        mask = _before(seen, columns)
-    hidden = torch.finfo(scores.dtype).min
-    scores = scores.masked_fill(~mask, hidden) if mask.dtype == torch.bool else scores + mask
-    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    pairs = seen_pairs(mask)
+    hidden = ~_before(seen, columns) if pairs is None else ~pairs
+    if mask is not None and mask.dtype != torch.bool:
+        scores = scores + mask
+    scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype).masked_fill(hidden, 0.0)
     weights = F.dropout(weights, p=dropout, training=dropout > 0)
     spread = weights.unflatten(1, (key.shape[1], -1))
     old_values = F.pad(_before(old, coded_value.shape[2]), (0, columns - coded_value.shape[2]))
