@@ -31,6 +31,8 @@ def register(implementation: str) -> str:
         The name for ``config._attn_implementation``.
     """
     name = PREFIX + implementation
+    if name in ALL_ATTENTION_FUNCTIONS:
+        return name
 
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
