@@ -15,7 +15,7 @@ from qtrain.modules.kv.config import KVCacheSection
 from qtrain.modules.kv.prepare import prepare_kv
 from qtrain.modules.kv.quantizer import KVQuantizer
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+pytestmark = pytest.mark.gpu
 SECTIONS: dict[str, dict[str, Any]] = {
     "before, per token": {"site": "pre_rope", "share": "per_token", "format": "int4", "symmetric": False},
     "after, per head": {"format": "int4"},
