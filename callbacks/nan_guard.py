@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
+from qtrain.callbacks.training_batches import untracked
 from qtrain.errors import ModelError
 
 
@@ -99,7 +100,7 @@ def _first_bad_output(trainer: Trainer, pl_module: LightningModule, batch: Any, 
     if not pl_module.automatic_optimization:
         return "with manual optimization the batch cannot be run again to find the layer"
     try:
-        with _watched(pl_module), _mute(pl_module), torch.no_grad(), trainer.precision_plugin.train_step_context():
+        with _watched(pl_module), untracked(pl_module), torch.no_grad(), trainer.precision_plugin.train_step_context():
             pl_module.training_step(batch, batch_idx)
     except _Found as found:
         return f"first output that is not finite: {found}"
@@ -124,15 +125,3 @@ def _watched(pl_module: LightningModule) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _mute(pl_module: LightningModule) -> Iterator[None]:
-    """Let the repeated training step log nothing: outside its place in the loop Lightning refuses to."""
-    silent = {"log": lambda *args, **kwargs: None, "log_dict": lambda *args, **kwargs: None}
-    try:
-        vars(pl_module).update(silent)
-        yield
-    finally:
-        for name in silent:
-            del vars(pl_module)[name]

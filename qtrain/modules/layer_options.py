@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 
@@ -12,6 +12,7 @@ from qtrain.errors import ConfigError, ModelError
 from qtrain.modules.config import QuantizerSection
 from qtrain.registry import did_you_mean
 
+T = TypeVar("T")
 Kind = Literal["linear", "conv2d", "embedding", "pact"]
 Options = dict[str, QuantizerSection | None]
 Rules = Mapping[str, Mapping[str, Any]]
@@ -22,6 +23,8 @@ KEYS: dict[Kind, tuple[str, ...]] = {
     "pact": ("pact",),
 }
 """What can be said about a layer of each kind."""
+PACT = QuantizerSection(symmetric=False, range="pact")
+"""What the options of a ReLU's replacement begin with."""
 
 
 def matches(name: str, patterns: Iterable[str]) -> str | None:
@@ -70,20 +73,48 @@ def layer_options(
             if fnmatchcase(name, pattern):
                 for key in KEYS[kind]:
                     if key in changes:
-                        options[key] = _changed(options[key], changes[key], f"rules[{pattern!r}].{key}")
+                        where = f"rules[{pattern!r}].{key}"
+                        options[key] = section_of(changes[key], key, where, options[key])
+        _check_pact(options.get("pact"), name)
         found[name] = options
     return found
 
 
-def section_of(options: QuantizerSection | Mapping[str, Any] | None, where: str) -> QuantizerSection | None:
+def section_of(
+    options: QuantizerSection | Mapping[str, Any] | None,
+    key: str,
+    where: str | None = None,
+    before: QuantizerSection | None = None,
+) -> QuantizerSection | None:
     """Options as a section.
 
+    Args:
+        key: weight, activation, embedding or pact.
+        where: they were written, for errors.
+        before: what they change.
+
     Raises:
-        ConfigError: a key or a value that does not exist, with where it was written.
+        ConfigError: a key or a value that does not exist.
     """
+    where = where or key
     if options is None or isinstance(options, QuantizerSection):
         return options
-    return _changed(None, options, where)
+    if not isinstance(options, Mapping):
+        raise ConfigError(f"{options!r}", where=where, rule="options of a quantizer, or None", fix="{'format': 'int8'}")
+    known = before or (PACT if key == "pact" else QuantizerSection())
+    return explained(lambda: known.merged(dict(options)), where)
+
+
+def explained(make: Callable[[], T], where: str) -> T:
+    """What ``make`` returns; pydantic's complaints become an error that names the place.
+
+    Raises:
+        ConfigError: a key or a value that does not exist.
+    """
+    try:
+        return make()
+    except ValidationError as error:
+        raise ConfigError("; ".join(_problems(error)), where=where) from None
 
 
 def _at_an_end(options: Options, format: str, pact: QuantizerSection | None) -> Options:
@@ -96,15 +127,13 @@ def _at_an_end(options: Options, format: str, pact: QuantizerSection | None) -> 
     }
 
 
-def _changed(options: QuantizerSection | None, changes: Any, where: str) -> QuantizerSection | None:
-    if changes is None or isinstance(changes, QuantizerSection):
-        return changes
-    if not isinstance(changes, Mapping):
-        raise ConfigError(f"{changes!r}", where=where, rule="options of a quantizer, or None", fix="{'format': 'int8'}")
-    try:
-        return (options or QuantizerSection()).merged(dict(changes))
-    except ValidationError as error:
-        raise ConfigError("; ".join(_problems(error)), where=where) from None
+def _check_pact(section: QuantizerSection | None, name: str) -> None:
+    if section is not None and (section.range != "pact" or section.symmetric):
+        raise ConfigError(
+            f"range={section.range}, symmetric={section.symmetric}",
+            where=f"pact of {name}",
+            rule="what takes a ReLU's place clips below 0 and above a trained bound: range=pact, symmetric=False",
+        )
 
 
 def _problems(error: ValidationError) -> Iterator[str]:
