@@ -41,6 +41,7 @@ ALLOWED = {
     ("package_files", "registry"): "and the nearest name is the way out",
     ("registry", "errors"): "a name that is not registered is an error with a way out",
     ("export", "ptq"): "the int4 export chooses scales and codes with the post-training methods",
+    ("methods", "ptq"): "ranges start from what flows into each layer on real text",
     ("training", "callbacks"): "fit puts the callbacks on its trainer",
     ("callbacks", "training"): "checkpoints hold the state of all random sources, which training restores",
     ("training", "report"): "fit ends by writing the report",

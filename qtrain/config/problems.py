@@ -18,10 +18,24 @@ def problems(section: str, model: type[BaseModel], error: ValidationError) -> li
     """One error for each key that is wrong."""
     found: dict[str, ConfigError] = {}
     for detail in error.errors(include_url=False):
-        field = str(detail["loc"][0]) if detail["loc"] else ""
-        key = f"{section}.{field}" if field else section
-        found.setdefault(key, _problem(key, field, model, detail))
+        key, owner, words = section, model, [str(word) for word in detail["loc"]]
+        field = words[0] if words else ""
+        # Sections within sections: the key that is wrong is the innermost one.
+        while len(words) > 1 and field in owner.model_fields and (inner := section_of(owner.model_fields[field])):
+            key, owner, words = f"{key}.{field}", inner, words[1:]
+            field = words[0]
+        inside = field in owner.model_fields or detail["type"] == "extra_forbidden"
+        key = f"{key}.{field}" if field and inside else key
+        found.setdefault(key, _problem(key, field if inside else "", owner, detail))
     return list(found.values())
+
+
+def section_of(info: FieldInfo) -> type[BaseModel] | None:
+    """The class of a key that is a section of its own, optional or not."""
+    for annotation in typing.get_args(info.annotation) or (info.annotation,):
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            return annotation
+    return None
 
 
 def _problem(key: str, field: str, model: type[BaseModel], detail: ErrorDetails) -> ConfigError:
@@ -31,6 +45,8 @@ def _problem(key: str, field: str, model: type[BaseModel], detail: ErrorDetails)
         return ConfigError(f"{key} is no key of {section!r}", fix=hint)
     if not field:
         return ConfigError(f"{key}: {_own_words(detail)}")
+    if isinstance(detail["input"], BaseModel | dict) and section_of(model.model_fields[field]):
+        return ConfigError(f"{key}: {_own_words(detail)}", rule=model.model_fields[field].description)
     info = model.model_fields[field]
     value = detail["input"]
     return ConfigError(
@@ -74,6 +90,8 @@ def shown(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, list | tuple):
         return "[" + ",".join(shown(item) for item in value) + "]"
+    if isinstance(value, BaseModel):
+        return "{" + ", ".join(f"{key}: {shown(its)}" for key, its in value.model_dump(exclude_unset=True).items()) + "}"
     return "{}" if value == {} else str(value)
 
 

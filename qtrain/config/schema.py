@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, SerializeAsAny, field_validator
 
 from qtrain.data.config import DataSection
+from qtrain.distill.config import DistillSection
 from qtrain.distill.generation.config import GenerateDataSection
 from qtrain.evaluation.config import GenerateSection
 from qtrain.export.config import FORMATS, ExportSection
@@ -105,6 +106,7 @@ class Config(RunConfig):
     data: DataSection = Field(default_factory=DataSection)
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
     run: LanguageRunSection = Field(default_factory=LanguageRunSection)
+    distill: DistillSection = Field(default_factory=DistillSection)
     generate: GenerateSection = Field(default_factory=GenerateSection)
     generate_data: GenerateDataSection = Field(default_factory=GenerateDataSection)
     export: SerializeAsAny[ExportSection]

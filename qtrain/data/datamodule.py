@@ -5,7 +5,9 @@ from __future__ import annotations
 from functools import partial
 
 import lightning
+import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from qtrain.data.collate import collate_packed, collate_padded
@@ -105,6 +107,13 @@ class LanguageData(lightning.LightningDataModule):
             taken.append(store[index])
             held += len(taken[-1])
         return taken
+
+    def rows(self, split: str, count: int) -> list[Tensor]:
+        """Token ids [1, tokens] of the first samples of a split: as many as hold ``count`` times max_length tokens."""
+        if not count:
+            return []
+        samples = self.samples(split, count * self.section.max_length)
+        return [torch.tensor(sample.input_ids)[None] for sample in samples if len(sample) > 1]
 
     def prompts(self) -> list[Prompt]:
         """Prompt ids with the generation prompt, and the reference, for each sample of ``data.predict``.

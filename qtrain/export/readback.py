@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from qtrain.errors import ExportError
-from qtrain.export.record import LinearRecord
+from qtrain.modules.record import LinearRecord
 from qtrain.numerics.packing import unpack
 from qtrain.numerics.spec import QuantSpec, ScaleDtype
 

@@ -29,5 +29,6 @@ METHODS: Registry[type[MethodSection]] = Registry(
     "method",
     {
         "qlora": "qtrain.methods.qlora.config:QLoraOptions",
+        "qat": "qtrain.methods.qat.config:QatOptions",
     },
 )

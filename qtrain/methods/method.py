@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qtrain.methods.config import METHODS, MethodSection
@@ -17,6 +18,7 @@ from qtrain.registry import resolve
 
 Options = TypeVar("Options", bound=MethodSection)
 Progress = Callable[[Iterator[Any], int], Iterator[Any]]
+Context = Callable[[], AbstractContextManager[Any]]
 
 
 class Method(ABC, Generic[Options]):
@@ -25,6 +27,9 @@ class Method(ABC, Generic[Options]):
     Args:
         options: the ``method.*`` section.
     """
+
+    artifact: ClassVar[str] = "adapter"
+    """Folder of a run in which ``save`` leaves what was trained."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -66,6 +71,18 @@ class Method(ABC, Generic[Options]):
             dtype: of the tensors that stay unquantized.
             base: merge into these weights, by their names, instead of the base that was trained on.
         """
+
+    def calibrate(self, model: nn.Module, rows: Sequence[Tensor], context: Context, progress: Progress) -> None:
+        """Find what the quantizers need to know of real text, once, before the training.
+
+        Args:
+            rows: token ids [batch, tokens] of the training data, ``options.calibration_rows`` of them if it has that key.
+            context: what forward passes run in, such as the training's autocast.
+        """
+
+    def baselines(self, model: nn.Module) -> dict[str, Callable[[], AbstractContextManager[None]]]:
+        """What the training is measured against, by name: each, entered, makes ``model`` that for a while."""
+        return {}
 
     def lines(self, model: nn.Module) -> list[str]:
         """What was done, a fact a line, for the terminal."""

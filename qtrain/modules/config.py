@@ -121,3 +121,9 @@ class QuantizerSection(Section):
 
 def _way_out(error: ConfigError) -> str:
     return f"; {error.fix}" if error.fix else ""
+
+
+class WeightSection(QuantizerSection):
+    """`method.weight.*`: int4 unless it is said."""
+
+    format: str = Field("int4", description="int2 .. int8, ternary, binary, fp8_e4m3 or fp8_e5m2")

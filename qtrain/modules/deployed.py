@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from transformers import GenerationConfig, PretrainedConfig
 
+from qtrain.modules.record import LinearRecord
+from qtrain.numerics.spec import QuantSpec
+
 
 @dataclass(frozen=True)
 class DeployedTensor:
@@ -18,12 +21,18 @@ class DeployedTensor:
         shape: of the value, known before it is computed.
         linear: a weight [out, in] of a linear layer that a format may quantize; lm_head is none.
         value: computes it (merged in fp32, or as stored); nothing is held before the call or after it.
+        spec: of the codes it was trained with, where there are any; no format may decide others.
+        record: computes those.
+        activation: what the layer's input was quantized to in training.
     """
 
     name: str
     shape: tuple[int, ...]
     linear: bool
     value: Callable[[], torch.Tensor]
+    spec: QuantSpec | None = None
+    record: Callable[[], LinearRecord] | None = None
+    activation: QuantSpec | None = None
 
 
 @dataclass(frozen=True)

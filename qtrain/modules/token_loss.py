@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from qtrain.modules.head import head_factors
 from qtrain.modules.linear_cross_entropy import linear_cross_entropy
 
 Loss = Callable[[Mapping[str, Tensor]], Tensor]
@@ -26,9 +27,8 @@ def chunked_loss(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
     """The same sum from the decoder's hidden states, head and cross-entropy in chunks of tokens."""
     inputs = {key: batch[key] for key in INPUTS if key in batch}
     hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
-    head = model.get_output_embeddings()
-    bias = getattr(head, "bias", None)
-    return linear_cross_entropy(hidden[:, :-1], head.weight, batch["labels"][:, 1:], bias)
+    x, weight, bias = head_factors(model, hidden[:, :-1])
+    return linear_cross_entropy(x, weight, batch["labels"][:, 1:], bias)
 
 
 def choose_loss(model: PreTrainedModel) -> tuple[Loss, str]:

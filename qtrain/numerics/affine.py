@@ -43,6 +43,18 @@ def grouped(x: Tensor, spec: QuantSpec) -> Tensor:
     Raises:
         ModelError: nothing to share a scale, or a width that is no multiple of the group size.
     """
+    size, divided = _sizes(x, spec)
+    rows = 1 if spec.granularity in ("per_tensor", "per_block") else x.numel() // divided
+    return x.to(torch.float32).reshape(rows, divided // size, size)
+
+
+def grouped_size(x: Tensor, spec: QuantSpec) -> int:
+    """How many numbers of x share a scale; errors as ``grouped``."""
+    return _sizes(x, spec)[0]
+
+
+def _sizes(x: Tensor, spec: QuantSpec) -> tuple[int, int]:
+    """(numbers that share a scale, numbers that are divided into such groups)."""
     width = x.shape[-1] if x.ndim else 1
     size = {
         "per_tensor": x.numel(),
@@ -56,8 +68,7 @@ def grouped(x: Tensor, spec: QuantSpec) -> Tensor:
             rule="group_size divides the last dimension (per_block: the number of elements)",
             fix=f"group_size={largest_divisor(divided, size)}" if divided and size else None,
         )
-    rows = 1 if spec.granularity in ("per_tensor", "per_block") else x.numel() // divided
-    return x.to(torch.float32).reshape(rows, divided // size, size)
+    return size, divided
 
 
 def largest_divisor(columns: int, group_size: int) -> int | None:
@@ -83,6 +94,13 @@ def round_zero_point(low: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
     return zero_point.clamp_(spec.quant_min, spec.quant_max).to(torch.int8)
 
 
+def _over(numbers: Tensor, divisor: float) -> Tensor:
+    """numbers / divisor, rounded once: on a GPU torch multiplies by the reciprocal of a Python number instead, and
+    the same weight would have other scales there than on a CPU.
+    """
+    return numbers / torch.full((), divisor, dtype=numbers.dtype, device=numbers.device)
+
+
 def qparams_of_bounds(low: Tensor, high: Tensor, spec: QuantSpec) -> QParams:
     """What reaches from ``low`` to ``high``: s = max(|low|, |high|) / reach, or (high - low) / (2^b - 1) and z.
 
@@ -92,9 +110,9 @@ def qparams_of_bounds(low: Tensor, high: Tensor, spec: QuantSpec) -> QParams:
         low, high: fp32 [rows, groups].
     """
     if spec.symmetric:
-        return QParams(round_scale(torch.maximum(low.abs(), high.abs()) / spec.reach, spec))
+        return QParams(round_scale(_over(torch.maximum(low.abs(), high.abs()), spec.reach), spec))
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
-    scale = round_scale((high - low) / (spec.quant_max - spec.quant_min), spec)
+    scale = round_scale(_over(high - low, spec.quant_max - spec.quant_min), spec)
     return QParams(scale, round_zero_point(low, scale, spec))
 
 
@@ -107,7 +125,7 @@ def dynamic_qparams(x: Tensor, spec: QuantSpec) -> QParams:
     if spec.format in ("ternary", "binary"):
         return QParams(round_scale(groups.abs().mean(dim=-1), spec))
     if spec.symmetric:
-        return QParams(round_scale(groups.abs().amax(dim=-1) / spec.reach, spec))
+        return QParams(round_scale(_over(groups.abs().amax(dim=-1), spec.reach), spec))
     return qparams_of_bounds(groups.amin(dim=-1), groups.amax(dim=-1), spec)
 
 

@@ -107,8 +107,8 @@ class Learned(Rule):
     """LSQ (Esser 2020, arXiv 1902.08153), LSQ+ (Bhalgat 2020, arXiv 2004.09576), SEQ and elastic binary (ParetoQ,
     Liu 2025, arXiv 2502.02631; BiT, Liu 2022, arXiv 2205.13016).
 
-    With u = (x - offset) / s and n the level in units of s: dx = 1 inside, 0 outside; ds = n - u inside, n outside;
-    d offset = 0 inside, 1 outside. ds and d offset are scaled by 1 / sqrt(N quant_max), N the numbers that share s.
+    With u = x / s and n = q - z the level in units of s: dx = 1 inside, 0 outside; ds = n - u inside, n - offset / s
+    outside; d offset = 0 inside, 1 outside. ds and d offset are scaled by 1 / sqrt(N quant_max), N the numbers that share s.
     Inside is where u lies between the outermost levels; for SEQ (mid_rise, ternary) within 0.99 of the outermost
     cells' edges; for binary |u| <= 1, and ds = sign(x) everywhere.
     """
@@ -128,24 +128,34 @@ class Learned(Rule):
         upper = grouped(gradient, spec)
         u = groups / qparams.scale.to(torch.float32).unsqueeze(-1)
         low, high = self.edges()
-        zero = 0.0 if qparams.zero_point is None else qparams.zero_point.to(torch.float32).unsqueeze(-1)
+        zero, free = self._zero(qparams, offset)
         inside = (u >= low - zero) & (u <= high - zero)
         d_x = (upper * inside).reshape(x.shape).to(x.dtype) if needs[0] else None
         d_scale = d_offset = None
         factor = 1.0 / math.sqrt(groups.shape[-1] * spec.quant_max)
         if needs[1]:
             levels = level_codes(groups, qparams, spec)
+            moved: Tensor | float = 0.0
             if offset is not None:
-                # Outside x = (quant_max - quant_min) s + offset: the level counts from the offset, not from zero.
-                levels = torch.where(inside, levels - zero, levels - spec.quant_min)
+                # z = round(-offset / s) moves with s: outside the level counts from the offset, not from zero.
+                levels -= zero
+                moved = (offset / qparams.scale * free).unsqueeze(-1)
             elif spec.mid_rise:
                 levels += 0.5
             if spec.format != "binary":
-                levels = torch.where(inside, levels - u, levels)
+                levels = torch.where(inside, levels - u, levels - moved)
             d_scale = (levels * upper).sum(dim=-1) * factor
         if needs[2]:
-            d_offset = (upper * ~inside).sum(dim=-1) * factor
+            d_offset = (upper * ~inside).sum(dim=-1) * factor * free
         return Gradients(d_x, d_scale, d_offset)
+
+    def _zero(self, qparams: QParams, offset: Tensor | None) -> tuple[Tensor | float, Tensor | float]:
+        """z [rows, groups, 1], and 1 where it follows the offset, 0 where it is held at the end of the codes' range."""
+        if qparams.zero_point is None or offset is None:
+            return 0.0, 1.0
+        wanted = (-offset / qparams.scale.to(torch.float32)).round_() + self.spec.quant_min
+        free = (wanted >= self.spec.quant_min) & (wanted <= self.spec.quant_max)
+        return qparams.zero_point.to(torch.float32).unsqueeze(-1), free.to(torch.float32)
 
     def edges(self) -> tuple[float, float]:
         """Lowest and highest code, in units of s, between which x counts as inside."""

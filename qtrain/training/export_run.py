@@ -50,7 +50,11 @@ def export_run(config: Config, run: RunDirectory) -> dict[str, Any]:
     facts = _facts(config, run)
     write = resolve(options.implementation)
     if options.takes == "trained":
-        assert isinstance(module.model, PeftModel)
+        if not isinstance(module.model, PeftModel):
+            raise ExportError(
+                f"export.format={options.format} writes adapters, and method.name={config.method.name} trains none",
+                fix="export.format=compressed-tensors",
+            )
         found: dict[str, Any] = write(module.model, directory, module.tokenizer, facts)
     else:
         storage, compute = resolve_dtypes(config.model.dtype, config.method.compute_dtype, device)
@@ -63,7 +67,7 @@ def export_run(config: Config, run: RunDirectory) -> dict[str, Any]:
             directory,
             tokenizer=module.tokenizer,
             facts=facts,
-            calibration=_calibration(module, data, getattr(options, "calibration_rows", 0), context),
+            calibration=_calibration(module, data, 0 if config.method.name == "qat" else getattr(options, "calibration_rows", 0), context),
             progress=progress_over("exporting"),
         )
         if options.evaluate:
@@ -71,7 +75,7 @@ def export_run(config: Config, run: RunDirectory) -> dict[str, Any]:
                 candidate = load_model(ModelSection(path=str(directory)), storage, device=device)
                 found |= _measure(module, candidate, data, config).to_dict()
                 del candidate
-                if hasattr(options, "base"):
+                if hasattr(options, "base") and config.method.name == "qlora":
                     found["alternative"] = _alternative(module, config, data, storage, base)
             write_card(directory, facts | {"figures": _figures(found)}, found)
     found["directory"] = str(directory)

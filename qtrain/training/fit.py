@@ -18,6 +18,7 @@ from qtrain.config.schema import Config
 from qtrain.console import say
 from qtrain.data.datamodule import LanguageData
 from qtrain.evaluation.progress import progress_over
+from qtrain.evaluation.recovery import Recovery
 from qtrain.files import write_json
 from qtrain.report.write import write_report
 from qtrain.training.module import LanguageModule
@@ -74,20 +75,30 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
     trainer.loggers = loggers(config, run.path, step)
     facts = [f"loss        {module.loss_path}", products(trainer)]
     say([*module.method.lines(module.model), *facts], title="model")
-    before = _held_out(trainer, module, data) if validated and checkpoint is None else {}
+    baselines: dict[str, float] = {}
+    before: dict[str, float] = {}
+    if checkpoint is None:
+        module.calibrate(data.rows("train", getattr(config.method, "calibration_rows", 0)))
+        if validated:
+            baselines = _baselines(trainer, module, data)
+            before = _held_out(trainer, module, data)
+    if checkpoint is None:
+        write_json(run.result("baselines"), {"baselines": baselines, "before": before})
     say(f"to {goal(trainer)}, from {f'step {step}' if checkpoint else 'the start'}", title="training")
     trained_from = time.monotonic()
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     seconds = time.monotonic() - trained_from
     train_loss = number(trainer.callback_metrics.get("train/loss"))  # validating anew forgets it
     after = _held_out(trainer, module, data) if validated else {}
-    if checkpoint is not None and run.result("fit").exists():
-        before = _earlier(run)
+    if checkpoint is not None and run.result("baselines").exists():
+        earlier = json.loads(run.result("baselines").read_text(encoding="utf-8"))
+        baselines, before = earlier["baselines"], earlier["before"]
     figures: dict[str, Any] = {
         "steps": trainer.global_step,
         "train_loss": train_loss,
         **{f"{key}_before": value for key, value in before.items()},
         **{f"{key}_after": value for key, value in after.items()},
+        "recovery": _recovery(baselines, after),
         "tokens_per_second": throughput.tokens_per_second,
         "mfu": throughput.mfu,
         "peak_gib": throughput.peak_gib,
@@ -100,11 +111,13 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
         "base_fingerprint": module.base_fingerprint,
     }
     if trainer.is_global_zero:
-        module.method.save(module.model, run.adapter)
-        module.tokenizer.save_pretrained(run.adapter)
+        trained = run.path / module.method.artifact
+        module.method.save(module.model, trained)
+        module.tokenizer.save_pretrained(trained)
         write_json(run.result("fit"), figures)
         write_report(run.path)
-        log_artifacts(config, trainer.loggers, {"adapter": run.adapter})
+        _log_recovery(trainer, figures["recovery"])
+        log_artifacts(config, trainer.loggers, {module.method.artifact: trained})
         close(trainer.loggers)
     return figures
 
@@ -121,6 +134,27 @@ def _held_out(trainer: L.Trainer, module: LanguageModule, data: LanguageData) ->
     return {"val_loss": found["val/loss"], "val_perplexity": found["val/perplexity"]}
 
 
-def _earlier(run: RunDirectory) -> dict[str, Any]:
-    content = json.loads(run.result("fit").read_text(encoding="utf-8"))
-    return {key.removesuffix("_before"): value for key, value in content.items() if key.endswith("_before")}
+def _baselines(trainer: L.Trainer, module: LanguageModule, data: LanguageData) -> dict[str, float]:
+    """Perplexity of each baseline that the method names."""
+    assert module.model is not None
+    found = {}
+    for name, entered in module.method.baselines(module.model).items():
+        with entered():
+            found[name] = _held_out(trainer, module, data)["val_perplexity"]
+    return found
+
+
+def _recovery(baselines: dict[str, float], after: dict[str, float]) -> dict[str, float | None] | None:
+    if not baselines or not after:
+        return None
+    recovery = Recovery(baselines["full"], baselines["ptq"], after["val_perplexity"])
+    if recovery.warning:
+        say(f"warning: {recovery.warning}")
+    return recovery.to_dict()
+
+
+def _log_recovery(trainer: L.Trainer, found: dict[str, float | None] | None) -> None:
+    for logger in trainer.loggers:
+        if found:
+            figures = {f"recovery/{key}": value for key, value in found.items() if value is not None}
+            logger.log_metrics(figures, step=trainer.global_step)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -14,11 +15,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qtrain.config.schema import Config
 from qtrain.data.isolation import check_isolation
+from qtrain.distill.divergence import Objective
+from qtrain.distill.teacher import Teacher, teacher_model
+from qtrain.distill.token_loss import choose_online
 from qtrain.methods.method import Progress, build_method
 from qtrain.models.dtype import resolve_dtypes
 from qtrain.models.fingerprint import fingerprint
 from qtrain.models.load import load_model, load_tokenizer
 from qtrain.models.source import find_model
+from qtrain.modules.head import head_factors
 from qtrain.modules.token_loss import Loss, choose_loss
 from qtrain.training.optimizers import build_optimizer, build_schedule
 
@@ -53,6 +58,7 @@ class LanguageModule(L.LightningModule):
         self.loss_path = ""
         self._base, self._tokenizer, self._progress = base, tokenizer, progress
         self._loss: Loss | None = None
+        self._objective: Loss | None = None  # of the training: the loss, or the divergence from a teacher
         self._window: list[Tensor] = []  # (loss, tokens) of the micro-batches since the last step
         self._validation: list[Tensor] = []
 
@@ -83,6 +89,7 @@ class LanguageModule(L.LightningModule):
         storage, compute = resolve_dtypes(config.model.dtype, config.method.compute_dtype, device)
         base = self._base if self._base is not None else load_model(config.model, storage)
         self._base = None
+        teacher = self._teacher(base, compute, device)
         L.seed_everything(config.run.seed, verbose=False)  # the adapters' start is the same however long loading took
         self.model = self.method.prepare(base, compute_dtype=compute, device=device, progress=self._progress)
         # Lightning keeps the mode that modules are in: loaded ones are in eval, without dropout and recomputation.
@@ -92,9 +99,31 @@ class LanguageModule(L.LightningModule):
             plain.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=compute == torch.bfloat16):
             self._loss, self.loss_path = choose_loss(plain)
+            self._objective = self._loss
+            if teacher is not None:
+                section = config.distill
+                objective = Objective(section.loss, section.temperature, section.ce_weight, section.jsd_beta)
+                self._objective, self.loss_path = choose_online(plain, teacher, objective, head_factors)
             if config.data.packing:
                 check_isolation(plain, int(plain.config.vocab_size))
         return self.model
+
+    def calibrate(self, rows: Sequence[Tensor]) -> None:
+        """Find the ranges that the method keeps, from rows of token ids [batch, tokens]."""
+        assert self.model is not None
+        config, device = self.config, next(self.model.parameters()).device
+        _, compute = resolve_dtypes(config.model.dtype, config.method.compute_dtype, device)
+        context = partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=compute == torch.bfloat16)
+        self.method.calibrate(self.model, rows, context, self._progress or (lambda items, total: items))
+
+    def _teacher(self, base: PreTrainedModel, compute: torch.dtype, device: torch.device) -> Teacher | None:
+        """The full-precision twin on ``device``, where ``distill.loss`` asks for one."""
+        section = self.config.distill
+        if section.loss == "none":
+            return None
+        model = teacher_model(section, base, self.config.model, compute)
+        context = partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=compute == torch.bfloat16)
+        return Teacher(model, context).to(device)
 
     def forward(self, **inputs: Any) -> Any:
         """The transformers model's output."""
@@ -103,8 +132,8 @@ class LanguageModule(L.LightningModule):
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Summed loss of one micro-batch, in nats."""
-        assert self._loss is not None
-        loss = self._loss(batch)
+        assert self._objective is not None
+        loss = self._objective(batch)
         tokens = batch["loss_tokens"].to(loss.device)
         self._window.append(torch.stack((loss.detach().double(), tokens.double())))
         return loss

@@ -10,6 +10,8 @@ from qtrain.config.schema import RunConfig
 from qtrain.errors import CheckpointError
 
 CHECKPOINTS = "checkpoints"
+ARTIFACTS = ("adapter", "weights")
+"""Folders that methods leave their trained part in."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,10 @@ class RunDirectory:
         return self.path / CHECKPOINTS
 
     @property
-    def adapter(self) -> Path:
-        """What was trained, in PEFT's layout."""
-        return self.path / "adapter"
+    def trained(self) -> Path | None:
+        """What was trained: adapters in PEFT's layout, or weights with the ranges of their quantizers."""
+        found = [self.path / name for name in ARTIFACTS if (self.path / name).is_dir()]
+        return found[0] if found else None
 
     @property
     def samples(self) -> Path:
@@ -83,7 +86,7 @@ class RunDirectory:
 
     def clear(self) -> None:
         """Let go of what an earlier run left; files of other programs stay."""
-        for entry in (CHECKPOINTS, "adapter", "weights", "export", "wandb"):
+        for entry in (CHECKPOINTS, *ARTIFACTS, "export", "wandb"):
             shutil.rmtree(self.path / entry, ignore_errors=True)
         for file in [*self.path.glob("*.json"), *self.path.glob("*.jsonl"), self.path / "metrics.csv"]:
             file.unlink(missing_ok=True)

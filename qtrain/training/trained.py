@@ -49,7 +49,8 @@ def trained_module(config: Config, run: RunDirectory, device: torch.device) -> L
     """The run's model with its trained adapter, as the last training step left it, in eval mode."""
     module = LanguageModule(config, progress=progress_over("quantizing"))
     model = module.build(device)
-    module.method.restore(model, run.adapter)
+    assert run.trained is not None  # verbs on a finished run look first
+    module.method.restore(model, run.trained)
     model.eval()
     return module
 

@@ -32,7 +32,7 @@ class Request:
     @property
     def trained(self) -> bool:
         """Whether the run's trained model is meant."""
-        return self.run.adapter.is_dir() and not self.other_model
+        return self.run.trained is not None and not self.other_model
 
 
 def read_request(verb: str, words: Sequence[str]) -> Request:
@@ -83,11 +83,11 @@ def require_run(request: Request) -> None:
     """For verbs on a finished run.
 
     Raises:
-        CheckpointError: ``run.dir`` holds no trained adapter.
+        CheckpointError: ``run.dir`` holds nothing trained.
     """
-    if not request.run.adapter.is_dir():
+    if request.run.trained is None:
         raise CheckpointError(
-            "no trained adapter lies here",
+            "nothing trained lies here",
             where=str(request.run.path),
             rule="run.dir is the directory of a finished `qtrain fit`",
             fix="run.dir=runs/NAME",

@@ -35,7 +35,7 @@ VERBS: Registry[Verb] = Registry(
         "fit": Verb(
             "train a model as the recipe says",
             "qtrain.verbs.fit:run",
-            (*EVERYWHERE, "data", "method", "optimizer", "trainer", "wandb"),
+            (*EVERYWHERE, "data", "method", "distill", "optimizer", "trainer", "wandb"),
             ("train", "validation"),
             tasks=("language", "vision"),
         ),

@@ -115,7 +115,7 @@ def test_a_word_without_a_value(refused: Refused) -> None:
 @pytest.mark.parametrize("verb", ["export"])
 def test_verbs_on_a_run_want_one(refused: Refused, verb: str, tmp_path: Path) -> None:
     message = refused(verb, f"run.dir={tmp_path / 'nothing'}")
-    assert "no trained adapter lies here" in message and "qtrain fit" in message
+    assert "nothing trained lies here" in message and "qtrain fit" in message
 
 
 def test_recipes_takes_no_arguments(refused: Refused) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qtrain.errors import ExportError, ModelError
-from qtrain.export.record import LinearRecord
+from qtrain.modules.record import LinearRecord
 from qtrain.modules.deployed import DeployedTensor
 from qtrain.numerics.affine import choose_qparams, quantize
 from qtrain.numerics.packing import pack
@@ -42,6 +42,11 @@ def quantize_linear(
             fix=f"export.ignore=[{tensor.name.removesuffix('.weight')}] leaves this layer in 16 bits",
         ) from error
     return LinearRecord(codes, *qparams, spec)
+
+
+def byte_tensors(record: LinearRecord) -> dict[str, Tensor]:
+    """The tensors of a layer whose inputs are quantized too: weight int8 [out, in], weight_scale [out, groups]."""
+    return {"weight": record.codes, "weight_scale": record.scale}
 
 
 def packed_tensors(record: LinearRecord) -> dict[str, Tensor]:

@@ -23,11 +23,13 @@ class Plan:
         specs: module name to spec, in checkpoint order.
         kept: linear layers that stay unquantized because they were asked to.
         fallbacks: widths that the asked group size does not divide, with what was taken instead.
+        activation: of the layers' inputs, where the training quantized them; then weights are stored a byte each.
     """
 
     specs: dict[str, QuantSpec]
     kept: list[str]
     fallbacks: list[dict[str, Any]]
+    activation: QuantSpec | None = None
 
     def group_sizes(self) -> dict[str, int]:
         """Group size, or ``row``, to the number of layers that have it."""
@@ -51,10 +53,17 @@ def plan_layers(tensors: Iterable[DeployedTensor], options: CompressedTensorsOpt
     specs: dict[str, QuantSpec] = {}
     kept: list[str] = []
     fallbacks: dict[int, dict[str, Any]] = {}
+    activations: dict[str, QuantSpec | None] = {}
+    tensors = [tensor for tensor in tensors if tensor.linear]
+    trained = any(tensor.spec for tensor in tensors)
     for tensor in tensors:
-        if not tensor.linear:
-            continue
         name = module_name(tensor.name)
+        if trained:
+            if tensor.spec is None:
+                kept.append(name)
+            else:
+                specs[name], activations[name] = check_trained(name, tensor.spec, tensor.activation), tensor.activation
+            continue
         if any(_matches(name, pattern) for pattern in options.ignore):
             kept.append(name)
             continue
@@ -79,7 +88,36 @@ def plan_layers(tensors: Iterable[DeployedTensor], options: CompressedTensorsOpt
             rule="at least one linear layer is quantized",
             fix="export.format=merged writes unquantized weights",
         )
-    return Plan(specs, kept, list(fallbacks.values()))
+    if len(set(activations.values())) > 1:
+        raise ExportError(
+            "layers differ in what their inputs were quantized to",
+            rule="one layout for all layers: weights alone in words, or weights and inputs in bytes",
+            fix="export.format=merged keeps the levels as 16-bit numbers",
+        )
+    return Plan(specs, kept, list(fallbacks.values()), next(iter(activations.values()), None))
+
+
+def check_trained(name: str, spec: QuantSpec, activation: QuantSpec | None) -> QuantSpec:
+    """The spec of a layer that was trained with codes.
+
+    Raises:
+        ExportError: this layout cannot hold them as they are.
+    """
+    packed = spec.format in ("int2", "int4", "int8") and spec.symmetric and not spec.mid_rise
+    rows = spec.granularity in ("per_channel", "per_group")
+    dynamic = activation is None or (
+        activation.format == "int8" and activation.symmetric and activation.granularity == "per_token"
+    )
+    if packed and rows and dynamic:
+        return spec
+    inputs = "" if activation is None else f", inputs {activation.format} {activation.granularity}"
+    kind = "symmetric" if spec.symmetric else "asymmetric"
+    raise ExportError(
+        f"trained as {spec.format} {kind} {spec.granularity}{inputs}",
+        where=name,
+        rule="this layout holds symmetric int4 and int8 weights by row or group, and int8 inputs by token",
+        fix="export.format=merged keeps the levels as 16-bit numbers",
+    )
 
 
 def module_name(tensor_name: str) -> str:

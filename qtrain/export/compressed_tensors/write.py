@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from qtrain.export.card import write_card
 from qtrain.export.companions import write_companions
 from qtrain.export.compressed_tensors.config import CompressedTensorsOptions
-from qtrain.export.compressed_tensors.layer import packed_tensors, quantize_linear
+from qtrain.export.compressed_tensors.layer import byte_tensors, packed_tensors, quantize_linear
 from qtrain.export.compressed_tensors.plan import Plan, module_name, plan_layers
 from qtrain.export.compressed_tensors.scheme import quantization_config
 from qtrain.export.shards import ShardWriter, parse_size
@@ -45,7 +45,8 @@ def write(
     begin = time.monotonic()
     tensors = list(model.tensors())
     plan = plan_layers(tensors, options)
-    moments = _input_moments(plan, options, calibration)
+    trained = any(tensor.spec for tensor in tensors)
+    moments = iter(()) if trained else _input_moments(plan, options, calibration)
     quantized_bytes = quantized_weights = 0
     with atomic_directory(directory) as temporary:
         with ShardWriter(temporary, parse_size(options.max_shard_size)) as shards:
@@ -55,26 +56,30 @@ def write(
                     shards.add(tensor.name, tensor.value().to(model.dtype))
                     continue
                 before = shards.total_bytes
-                record = quantize_linear(tensor, plan.specs[name], options.scales, next(moments)[1])
-                for key, value in packed_tensors(record).items():
+                if tensor.record is not None:
+                    record = tensor.record()
+                else:
+                    record = quantize_linear(tensor, plan.specs[name], options.scales, next(moments)[1])
+                for key, value in (byte_tensors if plan.activation else packed_tensors)(record).items():
                     shards.add(f"{name}.{key}", value)
                 quantized_bytes += shards.total_bytes - before
                 quantized_weights += record.codes.numel()
-        write_companions(model, temporary, tokenizer, quantization_config(plan.specs, ["lm_head", *plan.kept]))
+        layout = quantization_config(plan.specs, ["lm_head", *plan.kept], plan.activation)
+        write_companions(model, temporary, tokenizer, layout)
         result = {
             "format": "compressed-tensors",
-            "bits": options.bits,
+            "bits": max(spec.bits for spec in plan.specs.values()),
             "bits_per_quantized_weight": round(8 * quantized_bytes / quantized_weights, 4),
             "bytes": shards.total_bytes,
             "quantized_layers": len(plan.specs),
             "group_sizes": plan.group_sizes(),
             "fallbacks": plan.fallbacks,
             "kept": plan.kept,
-            "scales": options.scales,
-            "rounding": options.rounding if calibration else "nearest",
+            "scales": "as trained" if trained else options.scales,
+            "rounding": "as trained" if trained else options.rounding if calibration else "nearest",
             "calibration_tokens": sum(ids.numel() for ids in calibration.rows) if calibration else 0,
             "dtype": str(model.dtype).removeprefix("torch."),
-            "notes": plan.notes() + _notes(options, calibration),
+            "notes": plan.notes() + ([] if trained else _notes(options, calibration)),
             "seconds": round(time.monotonic() - begin, 1),
         }
         write_card(temporary, facts, result)

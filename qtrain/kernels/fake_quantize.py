@@ -7,7 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtrain.numerics.rules import RULES, Rule
+from qtrain.numerics.rules import RULES, Gradients, Learned, Rule
+
+try:
+    from qtrain.kernels import quantize_rows
+except ImportError:  # Triton comes with torch where there is a GPU
+    quantize_rows = None  # type: ignore[assignment]
 
 
 def fake_quantize(x: Tensor, rule: Rule, scale: Tensor | None = None, offset: Tensor | None = None) -> Tensor:
@@ -43,7 +48,7 @@ def forward(x: Tensor, scale: Tensor | None, offset: Tensor | None, key: str) ->
     if torch.compiler.is_compiling():
         result: Tensor = torch.ops.qtrain.fake_quantize(x, scale, offset, key)
         return result
-    return RULES[key].forward(x, scale, offset)
+    return _forward(x, scale, offset, key)
 
 
 def backward(
@@ -53,12 +58,29 @@ def backward(
     if torch.compiler.is_compiling():
         found = torch.ops.qtrain.fake_quantize_backward(x, scale, offset, gradient, key, list(needs))
         return found[0] if needs[0] else None, found[1] if needs[1] else None, found[2] if needs[2] else None
-    return RULES[key].backward(x, scale, offset, gradient, needs)
+    return _backward(x, scale, offset, gradient, key, needs)
+
+
+def _forward(x: Tensor, scale: Tensor | None, offset: Tensor | None, key: str) -> Tensor:
+    rule = RULES[key]
+    if quantize_rows is not None and quantize_rows.fits(rule, x):
+        return quantize_rows.forward(rule, x, scale, offset)
+    return rule.forward(x, scale, offset)
+
+
+def _backward(
+    x: Tensor, scale: Tensor | None, offset: Tensor | None, gradient: Tensor, key: str, needs: tuple[bool, bool, bool]
+) -> Gradients:
+    rule = RULES[key]
+    if quantize_rows is not None and isinstance(rule, Learned) and quantize_rows.fits(rule, x):
+        assert scale is not None
+        return quantize_rows.backward(rule, x, scale, offset, gradient, needs)
+    return rule.backward(x, scale, offset, gradient, needs)
 
 
 @torch.library.custom_op("qtrain::fake_quantize", mutates_args=())
 def _forward_op(x: Tensor, scale: Tensor | None, offset: Tensor | None, key: str) -> Tensor:
-    return RULES[key].forward(x, scale, offset)
+    return _forward(x, scale, offset, key)
 
 
 @_forward_op.register_fake
@@ -70,7 +92,7 @@ def _(x: Tensor, scale: Tensor | None, offset: Tensor | None, key: str) -> Tenso
 def _backward_op(
     x: Tensor, scale: Tensor | None, offset: Tensor | None, gradient: Tensor, key: str, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    found = RULES[key].backward(x, scale, offset, gradient, (needs[0], needs[1], needs[2]))
+    found = _backward(x, scale, offset, gradient, key, (needs[0], needs[1], needs[2]))
     return (
         _own(found.x, x.new_empty(0)),
         _own(found.scale, x.new_empty(0)),

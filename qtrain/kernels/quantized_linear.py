@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qtrain.numerics.fake_quantize import backward, forward
+from qtrain.kernels.fake_quantize import backward, forward
 from qtrain.numerics.rules import Rule
 
 

@@ -1,0 +1,256 @@
+"""Fake quantization of rows in one pass over memory: a read and a write where plain PyTorch takes about ten.
+
+The Triton twin of ``Rule.forward`` and ``Rule.backward`` (qtrain.numerics.rules) for integer formats whose rows or
+groups have a scale each; the same codes, because quotients are rounded as IEEE 754 says (``div_rn``) and ties to even.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qtrain.numerics.affine import SMALLEST_FP32_SCALE, SMALLEST_SCALE, grouped_size
+from qtrain.numerics.rules import Dynamic, Gradients, Learned, Rule, Static
+from qtrain.numerics.spec import INTEGER_BITS, QuantSpec
+
+TILE = 4096
+"""Numbers in a tile; longer rows take one of their own, up to LONGEST."""
+LONGEST = 16384
+STORAGE = {"fp32": 0, "bf16": 1, "fp16": 2}
+
+
+def fits(rule: Rule, x: Tensor) -> bool:
+    """Whether the kernels know this rule and this tensor."""
+    if type(rule) not in (Dynamic, Learned, Static) or rule.spec.format not in INTEGER_BITS or not x.numel():
+        return False
+    if rule.spec.granularity not in ("per_channel", "per_token", "per_group"):
+        return False
+    return x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16) and grouped_size(x, rule.spec) <= LONGEST
+
+
+def forward(rule: Rule, x: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor:
+    """x on its levels, contiguous."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    if isinstance(rule, Dynamic):
+        scale = offset = None  # a learned range that lies there is not asked
+    size = grouped_size(x, rule.spec)
+    rows = x.numel() // size
+    blocks, grid = _tiles(rows, size)
+    _forward[grid](
+        x,
+        out,
+        x if scale is None else scale.contiguous(),
+        x if offset is None else offset.contiguous(),
+        rows,
+        size,
+        **_constants(rule.spec),
+        DYNAMIC=scale is None,
+        **blocks,
+    )
+    return out
+
+
+def backward(
+    rule: Learned, x: Tensor, scale: Tensor, offset: Tensor | None, gradient: Tensor, needs: tuple[bool, bool, bool]
+) -> Gradients:
+    """Gradients of x, of the scale and of the offset."""
+    x, gradient = x.contiguous(), gradient.contiguous()
+    size = grouped_size(x, rule.spec)
+    rows = x.numel() // size
+    blocks, grid = _tiles(rows, size)
+    low, high = rule.edges()
+    d_x = torch.empty_like(x) if needs[0] else None
+    learns = needs[1] and not isinstance(rule, Static)
+    d_scale = torch.empty_like(scale) if learns else None
+    d_offset = torch.empty_like(offset) if needs[2] and offset is not None and learns else None
+    _backward[grid](
+        x,
+        gradient,
+        x if d_x is None else d_x,
+        scale.contiguous(),
+        scale if offset is None else offset.contiguous(),
+        scale if d_scale is None else d_scale,
+        scale if d_offset is None else d_offset,
+        rows,
+        size,
+        1.0 / math.sqrt(size * rule.spec.quant_max),
+        low,
+        high,
+        **_constants(rule.spec),
+        D_X=d_x is not None,
+        D_SCALE=d_scale is not None,
+        D_OFFSET=d_offset is not None,
+        **blocks,
+    )
+    return Gradients(d_x, d_scale, d_offset)
+
+
+def _tiles(rows: int, size: int) -> tuple[dict[str, int], tuple[int]]:
+    columns = triton.next_power_of_2(size)
+    per_tile = max(1, TILE // columns)
+    return {"ROWS": per_tile, "COLUMNS": columns}, (triton.cdiv(rows, per_tile),)
+
+
+def _constants(spec: QuantSpec) -> dict[str, float | int | bool]:
+    return {
+        "QUANT_MIN": spec.quant_min,
+        "QUANT_MAX": spec.quant_max,
+        "REACH": spec.reach,
+        "SMALLEST": SMALLEST_FP32_SCALE if spec.scale_dtype == "fp32" else SMALLEST_SCALE,
+        "SYMMETRIC": spec.symmetric,
+        "HALF": 0.5 if spec.mid_rise else 0.0,
+        "STORAGE": STORAGE[spec.scale_dtype],
+    }
+
+
+@triton.jit
+def _to(x, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """fp32 to ``dtype``, ties to even: the interpreter cuts off what bf16 has no room for."""
+    if dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def _stored(scale, SMALLEST: tl.constexpr, STORAGE: tl.constexpr):  # type: ignore[no-untyped-def]
+    scale = tl.maximum(scale, SMALLEST)
+    if STORAGE == 1:
+        scale = _to(scale, tl.bfloat16).to(tl.float32)
+    if STORAGE == 2:
+        scale = scale.to(tl.float16).to(tl.float32)
+    return scale
+
+
+@triton.jit
+def _round(x):  # type: ignore[no-untyped-def]
+    # Ties to even by the rounding of the sum: 1.5 * 2^23 leaves no bit for a fraction. Far numbers clamp anyway.
+    x = tl.minimum(tl.maximum(x, -100000.0), 100000.0)
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _wanted_zero_point(low, scale, QUANT_MIN: tl.constexpr):  # type: ignore[no-untyped-def]
+    return _round(tl.math.div_rn(-low, scale)) + QUANT_MIN
+
+
+@triton.jit
+def _clamp(codes, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexpr):  # type: ignore[no-untyped-def]
+    return tl.minimum(tl.maximum(codes, QUANT_MIN), QUANT_MAX)
+
+
+@triton.jit
+def _forward(  # type: ignore[no-untyped-def]
+    x_ptr,
+    out_ptr,
+    scale_ptr,
+    offset_ptr,
+    rows,
+    size,
+    QUANT_MIN: tl.constexpr,
+    QUANT_MAX: tl.constexpr,
+    REACH: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    HALF: tl.constexpr,
+    STORAGE: tl.constexpr,
+    DYNAMIC: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    there = row < rows
+    place = row[:, None] * size + column[None, :]
+    mask = there[:, None] & (column < size)[None, :]
+    stored = tl.load(x_ptr + place, mask=mask, other=0.0)
+    x = stored.to(tl.float32)
+    zero = tl.zeros([ROWS], tl.float32)
+    if DYNAMIC:
+        if SYMMETRIC:
+            widest = tl.max(tl.abs(x), axis=1)
+            scale = _stored(tl.math.div_rn(widest, tl.full([ROWS], REACH, tl.float32)), SMALLEST, STORAGE)
+        else:
+            low = tl.minimum(tl.min(x, axis=1), 0.0)
+            high = tl.maximum(tl.max(x, axis=1), 0.0)
+            steps = tl.full([ROWS], QUANT_MAX - QUANT_MIN, tl.float32)
+            scale = _stored(tl.math.div_rn(high - low, steps), SMALLEST, STORAGE)
+            zero = _clamp(_wanted_zero_point(low, scale, QUANT_MIN), QUANT_MIN, QUANT_MAX)
+    else:
+        scale = _stored(tl.load(scale_ptr + row, mask=there, other=1.0).to(tl.float32), SMALLEST, STORAGE)
+        if not SYMMETRIC:
+            low = tl.load(offset_ptr + row, mask=there, other=0.0).to(tl.float32)
+            zero = _clamp(_wanted_zero_point(low, scale, QUANT_MIN), QUANT_MIN, QUANT_MAX)
+    scaled = tl.math.div_rn(x, tl.broadcast_to(scale[:, None], [ROWS, COLUMNS]))
+    codes = _round(scaled - HALF) + zero[:, None]
+    codes = _clamp(codes, QUANT_MIN, QUANT_MAX)
+    if STORAGE != 0:
+        scale = _to(scale, stored.dtype).to(tl.float32)
+    numbers = (codes - zero[:, None] + HALF) * scale[:, None]
+    numbers = tl.where(scaled != scaled, scaled, numbers)  # min and max would hide a NaN
+    tl.store(out_ptr + place, _to(numbers, stored.dtype), mask=mask)
+
+
+@triton.jit
+def _backward(  # type: ignore[no-untyped-def]
+    x_ptr,
+    gradient_ptr,
+    d_x_ptr,
+    scale_ptr,
+    offset_ptr,
+    d_scale_ptr,
+    d_offset_ptr,
+    rows,
+    size,
+    factor,
+    low_edge,
+    high_edge,
+    QUANT_MIN: tl.constexpr,
+    QUANT_MAX: tl.constexpr,
+    REACH: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    HALF: tl.constexpr,
+    STORAGE: tl.constexpr,
+    D_X: tl.constexpr,
+    D_SCALE: tl.constexpr,
+    D_OFFSET: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    there = row < rows
+    place = row[:, None] * size + column[None, :]
+    mask = there[:, None] & (column < size)[None, :]
+    stored = tl.load(x_ptr + place, mask=mask, other=0.0)
+    upper = tl.load(gradient_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    scale = _stored(tl.load(scale_ptr + row, mask=there, other=1.0).to(tl.float32), SMALLEST, STORAGE)
+    zero = tl.zeros([ROWS], tl.float32)
+    moved = tl.zeros([ROWS], tl.float32)
+    if not SYMMETRIC:
+        low = tl.load(offset_ptr + row, mask=there, other=0.0).to(tl.float32)
+        wanted = _wanted_zero_point(low, scale, QUANT_MIN)
+        zero = _clamp(wanted, QUANT_MIN, QUANT_MAX)
+        free = tl.where(wanted == zero, 1.0, 0.0)
+        moved = tl.math.div_rn(low, scale) * free
+    u = tl.math.div_rn(stored.to(tl.float32), tl.broadcast_to(scale[:, None], [ROWS, COLUMNS]))
+    inside = (u >= low_edge - zero[:, None]) & (u <= high_edge - zero[:, None])
+    if D_X:
+        tl.store(d_x_ptr + place, tl.where(inside, upper, 0.0).to(stored.dtype), mask=mask)
+    if D_SCALE:
+        codes = _round(u - HALF) + zero[:, None]
+        codes = _clamp(codes, QUANT_MIN, QUANT_MAX)
+        levels = codes - zero[:, None] + HALF
+        levels = tl.where(inside, levels - u, levels - moved[:, None])
+        pushed = tl.sum(tl.where(mask, levels * upper, 0.0), axis=1) * factor
+        tl.store(d_scale_ptr + row, pushed.to(d_scale_ptr.dtype.element_ty), mask=there)
+    if D_OFFSET:
+        outside = tl.sum(tl.where(mask & (inside == 0), upper, 0.0), axis=1) * factor * free
+        tl.store(d_offset_ptr + row, outside.to(d_offset_ptr.dtype.element_ty), mask=there)

@@ -1,0 +1,69 @@
+"""A fake-quantized model as the plain checkpoint that it becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qtrain.modules.deployed import DeployedTensor
+from qtrain.modules.quant_embedding import QuantEmbedding
+from qtrain.modules.quant_linear import QuantLinear
+from qtrain.modules.quantizer import Quantizer
+from qtrain.modules.record import LinearRecord
+
+
+def deployed_tensors(model: PreTrainedModel) -> Iterator[DeployedTensor]:
+    """Tensors by the names of the plain architecture; quantized ones with their codes."""
+    head = model.get_output_embeddings()
+    tied = bool(getattr(model.config, "tie_word_embeddings", False)) and (
+        head is not None and head.weight is model.get_input_embeddings().weight
+    )
+    inside = {name for name, module in model.named_modules() if isinstance(module, Quantizer)}
+    for name, module in model.named_modules():
+        if name in inside or (tied and module is head):
+            continue
+        for kind, tensor in module.named_parameters(recurse=False):
+            key = f"{name}.{kind}" if name else kind
+            if kind in ("lora_A", "lora_B"):
+                continue
+            if kind == "weight" and isinstance(module, QuantLinear | QuantEmbedding):
+                yield _quantized(key, module, module is head)
+            elif kind == "weight" and isinstance(module, nn.Linear) and module is not head:
+                yield DeployedTensor(key, tuple(tensor.shape), True, tensor.detach)
+            else:
+                yield DeployedTensor(key, tuple(tensor.shape), False, tensor.detach)
+        for kind, buffer in module.named_buffers(recurse=False):
+            if kind not in module._non_persistent_buffers_set:
+                yield DeployedTensor(f"{name}.{kind}", tuple(buffer.shape), False, buffer.detach)
+
+
+def _quantized(key: str, module: QuantLinear | QuantEmbedding, is_head: bool) -> DeployedTensor:
+    linear = isinstance(module, QuantLinear) and not is_head
+    shape = tuple(module.weight.shape)
+    if not linear or not isinstance(module, QuantLinear) or module.weight_quantizer is None:
+        return DeployedTensor(key, shape, linear, partial(_on_levels, module))
+    return DeployedTensor(
+        key,
+        shape,
+        linear,
+        partial(_on_levels, module),
+        spec=module.weight_quantizer.spec,
+        record=partial(_record, module),
+        activation=None if module.input_quantizer is None else module.input_quantizer.spec,
+    )
+
+
+@torch.no_grad()
+def _on_levels(module: QuantLinear | QuantEmbedding) -> Tensor:
+    return module.quantized_weight().detach()
+
+
+@torch.no_grad()
+def _record(module: QuantLinear) -> LinearRecord:
+    assert module.weight_quantizer is not None
+    codes, qparams = module.codes()
+    return LinearRecord(codes, *qparams, module.weight_quantizer.spec)

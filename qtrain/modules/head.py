@@ -1,0 +1,19 @@
+"""What a model's output head multiplies, quantized or not."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from qtrain.modules.quant_embedding import QuantEmbedding
+from qtrain.modules.quant_linear import QuantLinear
+
+
+def head_factors(model: PreTrainedModel, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(x [.., d], weight [vocab, d], bias [vocab]) whose product the head's logits are, on the levels, with gradients."""
+    head = model.get_output_embeddings()
+    if isinstance(head, QuantLinear):
+        quantizer = head.input_quantizer
+        return hidden if quantizer is None else quantizer(hidden), head.quantized_weight(), head.bias
+    weight = head.quantized_weight() if isinstance(head, QuantEmbedding) else head.weight
+    return hidden, weight, getattr(head, "bias", None)
