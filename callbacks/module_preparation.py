@@ -136,8 +136,9 @@ class ModulePreparation:
                 rule="what trains must be what was saved",
                 fix=call(self.made_by, options),
             )
-        place.step, place.has_ranges = step, True
-        self.schedule.apply(module, self.schedule.stage(step), place.formats)
+        stage = self.schedule.stage(step)
+        place.step, place.has_ranges = step, stage.on
+        self.schedule.apply(module, stage, place.formats)
 
 
 def plain(value: Any) -> Any:

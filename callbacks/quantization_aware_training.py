@@ -132,7 +132,7 @@ class QuantizationAwareTraining(Callback):
         """Quantize the module's layers as soon as it has them."""
         self._undo()
         self.preparation.watch(pl_module)
-        # The module's hook and not the callback's: it comes last and for files of weights alone as well.
+        # The callback's own hook is not asked for files of weights alone, and what it did others may replace.
         self._follow(
             pl_module,
             "on_save_checkpoint",
@@ -166,7 +166,7 @@ class QuantizationAwareTraining(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Be where the trainer is, whatever the checkpoint said."""
-        self._advance(trainer, pl_module)
+        self._advance(trainer, pl_module, row=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Shortly before quantization begins: look at the activations of this batch."""
@@ -191,13 +191,18 @@ class QuantizationAwareTraining(Callback):
         """Follow the schedule. Here, so that checkpoints and validations after this step see its stage."""
         for quantizer in self._observers:
             quantizer.observer = None
-        self._advance(trainer, pl_module)
+        # The loop's own counter, as in Lightning's monitors, is still that of this step; the next is the first new one.
+        self._advance(trainer, pl_module, row=trainer.fit_loop.epoch_loop._batches_that_stepped + 1)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the optimizers as they were."""
         for rate in self._learning_rates:
             rate.remove()
         self._learning_rates = []
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Name what the checkpoint needs."""
+        self.preparation.mark(pl_module, checkpoint["state_dict"])
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the module's hooks as they were."""
@@ -209,7 +214,7 @@ class QuantizationAwareTraining(Callback):
         if fresh and prepared.notes:
             _say(prepared.notes)
 
-    def _advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _advance(self, trainer: Trainer, pl_module: LightningModule, row: int) -> None:
         place = place_of(pl_module)
         before, after = self.schedule.stage(place.step), self.schedule.stage(trainer.global_step)
         place.step = trainer.global_step
@@ -221,8 +226,7 @@ class QuantizationAwareTraining(Callback):
             self._settle(trainer, pl_module)
         if lines := after.changes(before):
             _say(f"step {place.step}: {', '.join(lines)}")
-            # The loop's own counter, as in Lightning's monitors: the row that holds this step's loss.
-            _log(trainer, after, trainer.fit_loop.epoch_loop._batches_that_stepped)
+            _log(trainer, after, row)
 
     def _settle(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for quantizer, observer in self._observers.items():

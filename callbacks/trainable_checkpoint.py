@@ -68,8 +68,8 @@ class TrainableCheckpoint(ModelCheckpoint):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Drop what is frozen; add the random states and the base's fingerprint."""
-        trained = _what_trains(pl_module)
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+        frozen = pl_module.state_dict().keys() - _what_trains(pl_module)
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
         checkpoint[KEY] = {"fingerprint": self._fingerprint(pl_module), "random_state": random_state()}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -10,12 +10,7 @@ from qtrain.modules.quant_conv import QuantConv2d
 from qtrain.modules.quant_embedding import QuantEmbedding
 from qtrain.modules.quant_linear import QuantLinear
 from qtrain.modules.quantizers import quantizers
-
-PLAIN: dict[type[nn.Module], type[nn.Module]] = {
-    QuantLinear: nn.Linear,
-    QuantConv2d: nn.Conv2d,
-    QuantEmbedding: nn.Embedding,
-}
+from qtrain.modules.swap import plain_class
 
 
 @torch.no_grad()
@@ -33,9 +28,8 @@ def convert(model: nn.Module) -> list[str]:
     for name, layer in list(model.named_modules()):
         if isinstance(layer, PactActivation):
             model.set_submodule(name, _clip(layer))
-        elif type(layer) in PLAIN:
+        elif isinstance(layer, (QuantLinear, QuantConv2d, QuantEmbedding)):
             weight = layer.weight
-            assert isinstance(layer, (QuantLinear, QuantConv2d, QuantEmbedding))
             if weight not in levels:
                 levels[weight] = nn.Parameter(layer.quantized_weight().detach().to(weight.dtype), weight.requires_grad)
             _become_plain(layer, levels[weight])
@@ -46,7 +40,7 @@ def _become_plain(layer: QuantLinear | QuantConv2d | QuantEmbedding, weight: nn.
     for key in ("weight_quantizer", "input_quantizer", "lora_scale", "lora_A", "lora_B"):
         if hasattr(layer, key):
             delattr(layer, key)
-    layer.__class__ = PLAIN[type(layer)]  # type: ignore[assignment]
+    layer.__class__ = plain_class(layer)  # type: ignore[assignment]
     layer.weight = weight
 
 

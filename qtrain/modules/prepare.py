@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from qtrain.errors import ModelError
 from qtrain.modules.config import QuantizerSection
@@ -17,19 +16,8 @@ from qtrain.modules.quant_conv import QuantConv2d
 from qtrain.modules.quant_embedding import QuantEmbedding
 from qtrain.modules.quant_linear import QuantLinear
 from qtrain.modules.quantizer import Quantizer
+from qtrain.modules.swap import QUANTIZED, kind_of, quantize_layer
 from qtrain.modules.tied_weights import check_same, tied_groups, untie
-
-KINDS: dict[type[nn.Module], Kind] = {
-    nn.Linear: "linear",
-    QuantLinear: "linear",
-    nn.Conv2d: "conv2d",
-    QuantConv2d: "conv2d",
-    nn.Embedding: "embedding",
-    QuantEmbedding: "embedding",
-    PactActivation: "pact",
-    **dict.fromkeys(REPLACED, "pact"),
-}
-QUANTIZED = (QuantLinear, QuantConv2d, QuantEmbedding, PactActivation)
 
 
 @dataclass(frozen=True)
@@ -89,16 +77,16 @@ def prepare_modules(
     layers, skipped = _layers(model)
     check_patterns(skip, [*layers, *skipped], "skip pattern")
     check_patterns(rules, [*layers, *skipped], "rule")
-    multiplied = [name for name, layer in layers.items() if KINDS[type(layer)] in ("linear", "conv2d")]
+    kinds = {name: kind for name, layer in layers.items() if (kind := kind_of(layer))}
+    multiplied = [name for name, kind in kinds.items() if kind in ("linear", "conv2d")]
     heads = set() if head else _heads(model)
     for name, layer in layers.items():
         if layer in heads and not isinstance(layer, QUANTIZED):
             skipped[name] = "the output head: head=True quantizes it"
         elif pattern := matches(name, skip):
             skipped[name] = f"skip={pattern!r}"
-    kinds = {name: KINDS[type(layer)] for name, layer in layers.items() if name not in skipped}
     options = layer_options(
-        kinds,
+        {name: kind for name, kind in kinds.items() if name not in skipped},
         {"weight": weight, "activation": activation, "pact": pact, "embedding": embedding},
         rules,
         dict.fromkeys(multiplied[:1] + multiplied[-1:], first_last) if first_last else {},
@@ -115,7 +103,7 @@ def prepare_modules(
     for names in shared:
         for name in names[1:]:
             layers[name].weight_quantizer = layers[names[0]].weight_quantizer
-    prepared = Prepared(found, skipped, notes + _notes(model, found, pact))
+    prepared = Prepared(found, skipped, notes + _notes(model, found, pact, embedding))
     if not len(prepared):
         raise ModelError(
             f"{type(model).__name__} has no layer to quantize",
@@ -133,14 +121,15 @@ def _layers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
     seen: set[object] = set()
     for name, module in model.named_modules(remove_duplicate=False):
         parent, _, child = name.rpartition(".")
-        place = (id(model.get_submodule(parent)), child) if KINDS.get(type(module)) == "pact" else id(module)
+        kind = kind_of(module)
+        place = (id(model.get_submodule(parent)), child) if kind == "pact" else id(module)
         if place in seen:
             continue
         seen.add(place)
         if name.startswith(tuple(adapted)):
-            if type(module) in KINDS:
+            if kind is not None:
                 skipped[name] = "inside an adapter's layer"
-        elif type(module) in KINDS:
+        elif kind is not None:
             layers[name] = module
         elif not isinstance(module, Quantizer) and any(own.ndim > 1 for own in module.parameters(recurse=False)):
             skipped[name] = f"a {type(module).__name__} is left alone"
@@ -188,43 +177,18 @@ def _quantize(model: nn.Module, name: str, layer: nn.Module, asked: Options) -> 
         device = next((parameter.device for parameter in model.parameters()), None)
         model.set_submodule(name, activation.to(device))
         return
-    source = _with_own_weight(layer)
-    quantized: nn.Module
-    if isinstance(source, nn.Linear):
-        quantized = QuantLinear.from_linear(source, asked["weight"], asked["activation"])
-    elif isinstance(source, nn.Conv2d):
-        quantized = QuantConv2d.from_conv(source, asked["weight"], asked["activation"])
-    else:
-        assert isinstance(source, nn.Embedding) and asked["embedding"] is not None
-        quantized = QuantEmbedding.from_embedding(source, asked["embedding"])
-    for key, value in vars(quantized).items():
-        vars(layer).setdefault(key, value)
-    layer._modules.update(quantized._modules)
-    for key, parameter in quantized._parameters.items():
-        if key not in ("weight", "bias"):
-            layer.register_parameter(key, parameter)
-    layer.__class__ = type(quantized)
+    weight = asked["embedding"] if isinstance(layer, nn.Embedding) else asked["weight"]
+    quantize_layer(layer, weight, asked.get("activation"))
 
 
-def _with_own_weight(layer: nn.Module) -> nn.Module:
-    """The layer, or a stand-in where ``weight`` is no parameter: torch.nn.utils.prune makes it before each forward."""
-    if "weight" in layer._parameters:
-        return layer
-    stand_in = copy.copy(layer)
-    weight, bias = layer.weight, getattr(layer, "bias", None)
-    assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
-    vars(stand_in).pop("weight")
-    stand_in._parameters = {
-        "weight": nn.Parameter(weight.detach()),
-        "bias": None if bias is None else nn.Parameter(bias.detach()),
-    }
-    return stand_in
-
-
-def _notes(model: nn.Module, found: dict[Kind, list[str]], pact: QuantizerSection | None) -> list[str]:
+def _notes(
+    model: nn.Module, found: dict[Kind, list[str]], pact: QuantizerSection | None, embedding: QuantizerSection | None
+) -> list[str]:
     notes = []
     if pact is not None and not found["pact"]:
         notes.append("pact replaced nothing: there is no ReLU module, and F.relu inside a forward cannot be replaced")
+    if embedding is not None and not found["embedding"]:
+        notes.append("embedding quantized nothing: there is no table that is looked up as nn.Embedding does")
     for name, module in model.named_modules():
         inside = any(isinstance(part, QUANTIZED) for part in module.modules())
         # In evaluation torch computes these from the weights in one fused call that knows no quantizers.

@@ -163,7 +163,7 @@ def test_a_resumed_run_ends_where_the_whole_one_does_to_the_bit(
     options = {"weight": LEARNED, "activation": {"format": "int4", "range": "learned", "symmetric": False}, **keys}
 
     def run(epochs: int, ckpt: str | None = None) -> tuple[Any, Any]:
-        """Three steps each; a run that ``max_steps`` cuts off in mid-epoch repeats batches when Lightning resumes it."""
+        """Epochs of three steps: what ``max_steps`` cuts off in mid-epoch repeats batches when Lightning resumes it."""
         module = make(optimizer=optimizer)
         keep = ModelCheckpoint(tmp_path / f"{epochs}", filename="last")
         callback = QuantizationAwareTraining(**options)

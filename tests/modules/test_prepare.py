@@ -12,6 +12,8 @@ from torch.nn.utils import prune
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     T5Config,
@@ -267,6 +269,40 @@ def test_three_tied_tables_of_an_encoder_decoder_share_one_quantizer() -> None:
     tables = {id(module.weight_quantizer) for module in model.modules() if isinstance(module, QuantEmbedding)}
     assert len(tables) == 1
     assert "lm_head" in prepared.skipped and any("untied" in note for note in prepared.notes)
+
+
+def test_embeddings_that_scale_their_rows_are_quantized_as_themselves() -> None:
+    """Gemma's multiplies what it looks up by sqrt(d): its class goes on with quantized rows."""
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, head_dim=8, vocab_size=64
+    )
+    model = Gemma3ForCausalLM(config).eval()
+    table = model.model.embed_tokens
+    kind, ids = type(table), torch.arange(10)
+    plain = table(ids)
+    prepared = prepare_modules(model, weight=INT4, embedding=INT4, head=True)
+    assert prepared.names["embedding"] == ["model.embed_tokens"] and prepared.notes == []
+    assert isinstance(table, QuantEmbedding) and isinstance(table, kind)
+    assert model.lm_head.weight_quantizer is table.weight_quantizer
+    rows = table(ids)
+    assert torch.equal(rows, table.quantized_weight()[ids] * table.embed_scale) and not torch.equal(rows, plain)
+    with full_precision(model):
+        assert torch.equal(table(ids), plain)
+    prepare_modules(copy.deepcopy(model), weight=INT4, embedding=INT4, head=True)
+    convert(model)
+    assert type(table) is kind and torch.equal(table(ids), rows)
+
+
+def test_embeddings_that_look_up_in_ways_of_their_own_are_left_alone() -> None:
+    class Hashed(nn.Embedding):
+        def forward(self, input: Tensor) -> Tensor:
+            return self.weight[input % 3]
+
+    model = nn.Sequential(Hashed(8, 4), nn.Linear(4, 4))
+    prepared = prepare_modules(model, weight=INT4, embedding=INT4)
+    assert prepared.skipped == {"0": "a Hashed is left alone"}
+    assert "embedding quantized nothing" in prepared.notes[0]
 
 
 def test_an_encoder_is_prepared_and_its_tied_head_left() -> None:
