@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qtrain.errors import ModelError
-from qtrain.modules.quant_linear import QuantLinear
 from qtrain.modules.quantizer import Quantizer
-from qtrain.modules.quantizers import quantized_weights, quantizers
+from qtrain.modules.quantizers import quantized_weights, quantizers, weight_of
 
 
 def to_calibrate(model: nn.Module) -> dict[str, Quantizer]:
@@ -68,10 +67,8 @@ def start_weights(model: nn.Module, *, again: bool = False) -> None:
     for _, layer, quantizer in quantized_weights(model):
         section = quantizer.section
         if section.range in ("static", "learned") and section.bounds is None and (again or not quantizer.ready):
-            weight = layer.merged_weight() if isinstance(layer, QuantLinear) else layer.weight
-            assert isinstance(weight, Tensor)
             with torch.no_grad():
-                quantizer.start(weight.detach())
+                quantizer.start(weight_of(layer).detach())
 
 
 def settle(observed: Mapping[str, Quantizer]) -> None:

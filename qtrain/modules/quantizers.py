@@ -7,9 +7,10 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qtrain.modules.quant_activation import PactActivation
+from qtrain.modules.quant_linear import QuantLinear
 from qtrain.modules.quantizer import Quantizer
 from qtrain.numerics.rules import Dynamic
 
@@ -29,6 +30,13 @@ def quantized_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, Quanti
         if isinstance(quantizer, Quantizer) and quantizer not in seen:
             seen.add(quantizer)
             yield name, module, quantizer
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """What a layer's weight quantizer is given: the weight, with adapters merged."""
+    weight = layer.merged_weight() if isinstance(layer, QuantLinear) else layer.weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 @contextmanager
