@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True)
@@ -15,6 +17,9 @@ class Recovery:
         ptq: the same spec by absmax and rounding to nearest, untrained.
         qat: after the training.
     """
+
+    measure: ClassVar[str] = "perplexity, held-out text"
+    note: ClassVar[str | None] = None
 
     full: float
     ptq: float
@@ -54,3 +59,71 @@ class Recovery:
     def to_dict(self) -> dict[str, float | None]:
         """The figures and the share, as JSON takes them."""
         return asdict(self) | {"share": self.share}
+
+
+@dataclass(frozen=True)
+class AccuracyRecovery:
+    """Accuracies, 0 to 1, on the same images.
+
+    Attributes:
+        full, ptq: of the weights that training began with, as they were and by absmax and rounding to nearest; None
+            where they were random.
+        qat: after the training.
+    """
+
+    measure: ClassVar[str] = "accuracy, test images"
+
+    full: float | None
+    ptq: float | None
+    qat: float
+
+    @property
+    def share(self) -> float | None:
+        """1 - (full - qat) / (full - ptq): above 1 where the training went on to more than it began with.
+
+        None where there is nothing to recover.
+        """
+        if self.full is None or self.ptq is None or self.ptq >= self.full:
+            return None
+        return 1 - (self.full - self.qat) / (self.full - self.ptq)
+
+    @property
+    def warning(self) -> str | None:
+        """Told where the training did harm."""
+        if self.ptq is None or self.qat >= self.ptq:
+            return None
+        return (
+            f"the trained network ({self.qat:.2%}) is worse than plain rounding to nearest ({self.ptq:.2%}): "
+            "a lower optimizer.lr, or more epochs"
+        )
+
+    @property
+    def note(self) -> str | None:
+        """Why figures are missing, and how to have them."""
+        if self.full is not None:
+            return None
+        return (
+            "Trained from random weights: there was nothing to round to nearest. method.name=none run.name=TWIN "
+            "trains the full-precision twin; model.weights=runs/TWIN starts from it and completes this table."
+        )
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Names and figures, for a table."""
+        full, ptq = ("–" if value is None else f"{value:.2%}" for value in (self.full, self.ptq))
+        rows = [("full precision", full), ("PTQ (round to nearest)", ptq), ("QAT", f"{self.qat:.2%}")]
+        if self.full is None:
+            return rows
+        return [*rows, ("share recovered", "nothing was lost" if self.share is None else f"{self.share:.1%}")]
+
+    def to_dict(self) -> dict[str, float | None]:
+        """The figures and the share, as JSON takes them."""
+        return asdict(self) | {"share": self.share}
+
+
+def recovery_of(figures: Mapping[str, Any]) -> Recovery | AccuracyRecovery | None:
+    """What fit.json tells; None for a run that quantized nothing or measured nothing."""
+    found = figures.get("recovery")
+    if not found:
+        return None
+    kind = AccuracyRecovery if "test_accuracy" in figures else Recovery
+    return kind(found["full"], found["ptq"], found["qat"])

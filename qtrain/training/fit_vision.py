@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from qtrain.callbacks.throughput import Throughput
@@ -19,10 +17,11 @@ from qtrain.config.compose import save_config
 from qtrain.config.schema import VisionConfig
 from qtrain.console import say
 from qtrain.errors import ConfigError
-from qtrain.files import atomic_directory, write_json
+from qtrain.files import write_json
 from qtrain.report.write import write_report
+from qtrain.training.image_quantization import quantization, quantization_lines, recovery, untrained_accuracies
 from qtrain.training.run_directory import RunDirectory
-from qtrain.training.tracking import close, log_artifacts, loggers
+from qtrain.training.tracking import close, log_artifacts, log_recovery, loggers
 from qtrain.training.trainer import (
     device_name,
     finished,
@@ -35,15 +34,24 @@ from qtrain.training.trainer import (
 from qtrain.vision.classifier import ImageClassifier
 from qtrain.vision.config import VisionModelSection
 from qtrain.vision.datamodule import ImageData
+from qtrain.vision.files import find_weights
 from qtrain.vision.resnet import ResNet
+from qtrain.vision.weights import load_weights, save_weights
 
 ACTIVATIONS = {"relu": nn.ReLU, "relu6": nn.ReLU6}
 
 
 def build_model(section: VisionModelSection) -> ResNet:
-    """The network that ``model.*`` describes, with fresh weights."""
+    """The network that ``model.*`` describes, with fresh weights or those of ``model.weights``.
+
+    Raises:
+        ModelError: weights that do not fit.
+    """
     depth = int(section.architecture.removeprefix("resnet"))
-    return ResNet(depth, section.width, section.classes, activation=ACTIVATIONS[section.activation])
+    model = ResNet(depth, section.width, section.classes, activation=ACTIVATIONS[section.activation])
+    if section.weights:
+        load_weights(model, find_weights(section.weights))
+    return model
 
 
 def fit(config: VisionConfig, run: RunDirectory) -> dict[str, Any]:
@@ -66,28 +74,42 @@ def fit(config: VisionConfig, run: RunDirectory) -> dict[str, Any]:
     torch.set_float32_matmul_precision(config.run.matmul_precision)
     optimizer = config.optimizer.model_dump(exclude={"name"})
     module = ImageClassifier(build_model(config.model), **optimizer)
-    throughput = Throughput()
+    quantizing, throughput = quantization(config.method), Throughput()
+    # Shapes never change, and a step takes milliseconds, less than logging it.
+    arguments = trainer_arguments(config, benchmark=True, log_every_n_steps=20)
     trainer = L.Trainer(
-        # Shapes never change, and a step takes milliseconds, less than logging it.
-        **trainer_arguments(config, benchmark=True, log_every_n_steps=20),
+        **arguments,
         logger=False,
-        callbacks=[*run_callbacks(config, run), throughput],
+        callbacks=[*([quantizing] if quantizing else []), *run_callbacks(config, run), throughput],
         default_root_dir=run.path,
     )
     _check_length(trainer)
+    untrained: dict[str, float] = {}
+    if quantizing and config.model.weights and checkpoint is None:
+        untrained = untrained_accuracies(module, quantizing, data, arguments)
+    if quantizing:
+        quantizing.prepare(module)
     # Only now that data and model are known to be good does an earlier run give way.
     if checkpoint is None:
         run.clear()
     save_config(config, run.config)
     write_json(run.result("data"), data.summary())
     trainer.loggers = loggers(config, run.path, step)
+    if checkpoint is None:
+        write_json(run.result("baselines"), untrained)
+    elif run.result("baselines").exists():
+        untrained = json.loads(run.result("baselines").read_text(encoding="utf-8"))
     parameters = sum(p.numel() for p in module.parameters())
     network = f"{'network':<12}{config.model.architecture}, width {config.model.width}, {parameters:,} parameters"
-    say([network, products(trainer)], title="model")
+    say([network, *quantization_lines(config.method, module), products(trainer)], title="model")
     say(f"to {goal(trainer)}, from {f'step {step}' if checkpoint else 'the start'}", title="training")
     trained_from = time.monotonic()
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     seconds = time.monotonic() - trained_from
+    tested = _measured("test", trainer.test(module, datamodule=data, verbose=False))
+    recovered = recovery(untrained, tested["test_accuracy"]) if quantizing else None
+    if recovered and recovered.warning:
+        say(f"warning: {recovered.warning}")
     figures: dict[str, Any] = {
         "steps": trainer.global_step,
         "train_loss": number(trainer.callback_metrics.get("train/loss")),
@@ -96,7 +118,8 @@ def fit(config: VisionConfig, run: RunDirectory) -> dict[str, Any]:
             if config.data.validation_share
             else {}
         ),
-        **_measured("test", trainer.test(module, datamodule=data, verbose=False)),
+        **tested,
+        "recovery": recovered.to_dict() if recovered else None,
         "images_per_second": throughput.samples_per_second,
         "peak_gib": throughput.peak_gib,
         "trained_parameters": parameters,
@@ -106,9 +129,10 @@ def fit(config: VisionConfig, run: RunDirectory) -> dict[str, Any]:
     }
     if trainer.is_global_zero:
         weights = run.path / "weights"
-        _save(module.model, weights)
+        save_weights(module.model, weights)
         write_json(run.result("fit"), figures)
         write_report(run.path)
+        log_recovery(trainer.loggers, figures["recovery"], trainer.global_step)
         log_artifacts(config, trainer.loggers, {"weights": weights})
         close(trainer.loggers)
     return figures
@@ -125,9 +149,3 @@ def _check_length(trainer: L.Trainer) -> None:
 
 def _measured(split: str, found: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {f"{split}_{figure}": found[0][f"{split}/{figure}"] for figure in ("loss", "accuracy")}
-
-
-def _save(model: nn.Module, path: Path) -> None:
-    with atomic_directory(path) as directory:
-        tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
-        save_file(tensors, directory / "model.safetensors")

@@ -55,6 +55,15 @@ def log_artifacts(config: RunConfig, loggers: Iterable[Logger], directories: Map
 
 
 @rank_zero_only
+def log_recovery(loggers: Iterable[Logger], recovery: Mapping[str, float | None] | None, step: int) -> None:
+    """Log the figures of the table that a quantization-aware run ends with, as ``recovery/*``."""
+    figures = {f"recovery/{key}": value for key, value in (recovery or {}).items() if value is not None}
+    for logger in loggers:
+        if figures:
+            logger.log_metrics(figures, step=step)
+
+
+@rank_zero_only
 def close(loggers: Iterable[Logger]) -> None:
     """Write what is held back and end the W&B run: left open, it would take in the figures of the next one."""
     for logger in loggers:

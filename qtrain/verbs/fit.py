@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from qtrain.console import hush_lightning, say, table
-from qtrain.evaluation.recovery import Recovery
+from qtrain.evaluation.recovery import recovery_of
 from qtrain.registry import resolve
 from qtrain.verbs.request import Request
 
@@ -20,9 +20,10 @@ def run(request: Request) -> None:
         table("held-out text", ("", "loss", "perplexity"), list(_held_out(figures)))
     if "test_accuracy" in figures:
         table("images", ("", "loss", "accuracy"), list(_accuracies(figures)))
-    if figures.get("recovery"):
-        recovery = Recovery(*(figures["recovery"][key] for key in ("full", "ptq", "qat")))
-        table("perplexity, held-out text", ("", ""), recovery.rows())
+    if recovery := recovery_of(figures):
+        table("quantization", ("", recovery.measure), recovery.rows())
+        if recovery.note:
+            say(recovery.note)
     result = request.run.trained or request.run.path
     facts = {
         "steps": f"{figures['steps']}, {figures['train_seconds']:.0f} s",

@@ -12,7 +12,7 @@ from qtrain.data.sources import check_sources
 from qtrain.errors import CheckpointError, ErrorList, QtrainError
 from qtrain.models.source import find_model
 from qtrain.training.run_directory import RunDirectory
-from qtrain.vision.files import find_files
+from qtrain.vision.files import find_files, find_weights
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,8 @@ def check_inputs(request: Request, *, splits: Sequence[str]) -> None:
     config: RunConfig = request.config
     if isinstance(config, VisionConfig):
         find_files(config.data.path)
+        if config.model.weights:
+            find_weights(config.model.weights)
     else:
         _check_language_inputs(request.config, splits)
 

@@ -1,11 +1,11 @@
-"""Where the four idx files of an image data set lie; no image is read here."""
+"""Where the four idx files of an image data set lie, and weights to start from; nothing is read here."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from qtrain.errors import DataError
+from qtrain.errors import DataError, ModelError
 
 NAMES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
@@ -43,6 +43,23 @@ def find_files(path: str) -> dict[str, SplitFiles]:
         )
     files = {name: file for name, file in found.items() if file is not None}
     return {split: SplitFiles(files[images], files[labels]) for split, (images, labels) in NAMES.items()}
+
+
+def find_weights(path: str) -> Path:
+    """The safetensors file of a run's directory, or the file itself.
+
+    Raises:
+        ModelError: there is none.
+    """
+    root = Path(path).expanduser()
+    for file in (root / "weights" / "model.safetensors", root / "model.safetensors", root):
+        if file.is_file():
+            return file
+    raise ModelError(
+        "no weights lie here" if root.exists() else "no such run or file",
+        where=f"model.weights={path}",
+        rule="the directory of a finished `qtrain fit task=vision`, or a .safetensors file",
+    )
 
 
 def _file(folder: Path, name: str) -> Path | None:
