@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from qtrain.methods.config import METHODS, MethodSection
 from qtrain.modules.deployed import DeployedModel
+from qtrain.modules.schedule import QuantizationSchedule
 from qtrain.registry import resolve
 
 Options = TypeVar("Options", bound=MethodSection)
@@ -76,9 +77,14 @@ class Method(ABC, Generic[Options]):
         """Find what the quantizers need to know of real text, once, before the training.
 
         Args:
-            rows: token ids [batch, tokens] of the training data, ``options.calibration_rows`` of them if it has that key.
+            rows: token ids [batch, tokens] of the training data, ``options.calibration_rows`` of them.
             context: what forward passes run in, such as the training's autocast.
         """
+
+    @property
+    def schedule(self) -> QuantizationSchedule:
+        """When quantization begins, how many bits it has by then, and when learned ranges stay."""
+        return QuantizationSchedule()
 
     def baselines(self, model: nn.Module) -> dict[str, Callable[[], AbstractContextManager[None]]]:
         """What the training is measured against, by name: each, entered, makes ``model`` that for a while."""

@@ -107,7 +107,7 @@ def divergence(counts: list[int], kept: int, levels: int) -> float:
         members = [k for k in range(kept) if k * levels // kept == run and p[k] > 0]
         for k in members:
             candidate[k] = sum(p[k] for k in members) / len(members)
-    if sum(candidate) == 0 or any(a > 0 and b == 0 for a, b in zip(reference, candidate, strict=True)):
+    if 2 * sum(candidate) < sum(p) or any(a > 0 and b == 0 for a, b in zip(reference, candidate, strict=True)):
         return math.inf
     n, m = sum(reference), sum(candidate)
     return sum(a / n * math.log(a / n * m / b) for a, b in zip(reference, candidate, strict=True) if a > 0)
@@ -134,6 +134,14 @@ def test_the_entropy_calibration_is_that_of_modelopt(bits: int, threshold: float
     x = torch.randn(100_000).abs()
     counts = torch.histc(x, bins=2048, min=0, max=float(x.max())).long()
     assert least_divergence(counts, 2 ** (bits - 1)) * float(x.max()) / 2048 == pytest.approx(threshold, abs=1e-4)
+
+
+def test_numbers_that_stay_away_from_zero_are_not_cut_off() -> None:
+    # The smallest level alone would tell itself perfectly: a threshold there has no divergence from what is left of it.
+    levels = torch.tensor([-7.0, -5.0, -3.0, -1.0, 1.0, 3.0, 5.0, 7.0])
+    observer = KLDivergence(bits=8, symmetric=True)
+    observer.update(levels[torch.randint(0, 8, (1, 4096), generator=torch.Generator().manual_seed(0))] + 0.001)
+    assert float(observer.bounds()[1]) > 6.9
 
 
 def test_zeros_say_nothing_about_the_threshold() -> None:

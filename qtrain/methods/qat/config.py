@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from qtrain.methods.config import MethodSection
 from qtrain.modules.config import QuantizerSection, WeightSection
 from qtrain.modules.kv.config import KVCacheSection
-from qtrain.numerics.spec import BITS
+from qtrain.numerics.spec import BITS, INTEGER_BITS
 from qtrain.registry import did_you_mean
 from qtrain.section import Section
 
@@ -19,14 +19,6 @@ class AdapterSection(Section):
 
     r: int = Field(16, ge=1, description="rank of the adapters")
     lora_alpha: float = Field(16.0, gt=0, description="the adapters' product is scaled by lora_alpha / r")
-
-
-class LayerwiseSection(Section):
-    """`method.layerwise.*`: each block learns to answer as its full-precision twin, before the training (ZeroQuant)."""
-
-    steps: int = Field(50, ge=1, description="optimizer steps for each block")
-    lr: float = Field(1e-4, gt=0, description="learning rate of those")
-    rows: int = Field(64, ge=1, description="rows of training text that they see")
 
 
 class QatOptions(MethodSection):
@@ -48,7 +40,6 @@ class QatOptions(MethodSection):
     skip: list[str] = Field(default_factory=list, description='layers that stay as they are, by name: ["*.k_proj"]')
     first_last: str | None = Field(None, description="a format for the first and the last layer, such as int8")
     lora: AdapterSection | None = Field(None, description="train adapters inside the quantizer and freeze the weights")
-    layerwise: LayerwiseSection | None = Field(None, description="distil block by block before the training")
     calibration_rows: int = Field(
         32, ge=0, description="rows of training text from which static ranges and weighted starts are found"
     )
@@ -69,9 +60,11 @@ class QatOptions(MethodSection):
     @field_validator("bits_schedule")
     @classmethod
     def _known_formats(cls, schedule: dict[int, str]) -> dict[int, str]:
-        for name in schedule.values():
-            if name not in BITS:
-                raise ValueError(f"{name!r} is no format; {did_you_mean(name, BITS)}")
+        for step, name in schedule.items():
+            if step < 0:
+                raise ValueError(f"step {step}: steps count from 0")
+            if name not in INTEGER_BITS:
+                raise ValueError(f"{name!r}: bits are reduced among int8 .. int2; {did_you_mean(name, INTEGER_BITS)}")
         return schedule
 
     @model_validator(mode="after")
@@ -80,4 +73,11 @@ class QatOptions(MethodSection):
             raise ValueError("nothing is quantized: set method.weight.format, method.activation.format or others")
         if self.lora is not None and self.weight is None:
             raise ValueError("method.lora trains inside the weights' quantizer: set method.weight.format")
+        if self.bits_schedule:
+            last = self.bits_schedule[max(self.bits_schedule)]
+            if self.weight is None or INTEGER_BITS.get(self.weight.format, 0) < INTEGER_BITS[last]:
+                raise ValueError(
+                    f"bits_schedule ends with {last}, which is not what will be deployed: "
+                    + (f"a later entry for {self.weight.format}" if self.weight else "set method.weight.format")
+                )
         return self

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -24,8 +24,9 @@ from qtrain.modules.config import QuantizerSection
 from qtrain.modules.deployed import DeployedModel
 from qtrain.modules.kv.prepare import prepare_kv
 from qtrain.modules.prepare import Prepared, prepare_modules
-from qtrain.modules.quantizers import full_precision, quantizers, round_to_nearest
 from qtrain.modules.quant_linear import QuantLinear
+from qtrain.modules.quantizers import full_precision, quantizers, round_to_nearest
+from qtrain.modules.schedule import QuantizationSchedule
 from qtrain.ptq.activation_stats import Calibration
 
 
@@ -49,12 +50,14 @@ class Qat(Method[QatOptions]):
         device: torch.device,
         progress: Progress | None = None,
     ) -> nn.Module:
-        """Swap linears (and the embedding) for their fake-quantized twins; all of it trains, in fp32.
+        """Swap linears (and the embedding) for their fake-quantized twins; all of it trains, or adapters and ranges.
 
-        Weights that train are kept in fp32 whatever they were stored in: in bf16 an update below 0.4 % is lost.
+        What trains is kept in fp32 whatever it was stored in: in bf16 an update below 0.4 % is lost. Weights that are
+        frozen under adapters stay as they were stored where products are made in bf16.
         """
         options = self.options
-        model.to(device=device, dtype=torch.float32)  # type: ignore[call-arg]
+        as_stored = options.lora is not None and compute_dtype == torch.bfloat16
+        model.to(device=device, dtype=None if as_stored else torch.float32)  # type: ignore[call-arg]
         if any((options.weight, options.activation, options.embedding, options.rules)):
             self._prepared = prepare_modules(
                 model,
@@ -92,7 +95,13 @@ class Qat(Method[QatOptions]):
                 assert layer.weight_quantizer is not None
                 layer.weight_quantizer.start(layer.merged_weight().detach(), moments[name])
         device = next(model.parameters()).device
-        calibrate(model, rows, lambda ids: _decode(plain, ids.to(device), context))
+        calibrate(model, rows, lambda ids: _run(plain, ids.to(device), context))
+
+    @property
+    def schedule(self) -> QuantizationSchedule:
+        """Of ``start_step``, ``freeze_ranges_step`` and ``bits_schedule``."""
+        options = self.options
+        return QuantizationSchedule(options.start_step, options.freeze_ranges_step, options.bits_schedule)
 
     def baselines(self, model: nn.Module) -> dict[str, Callable[[], AbstractContextManager[None]]]:
         """The model before quantization, and the same spec by absmax and rounding to nearest."""
@@ -109,7 +118,10 @@ class Qat(Method[QatOptions]):
         return [group for group in groups if group["params"]]
 
     def save(self, model: nn.Module, directory: Path) -> None:
-        """Weights in fp32 with the ranges of their quantizers (safetensors), the architecture's config and the specs."""
+        """What trained with the ranges of the quantizers (safetensors), the architecture's config, the specs.
+
+        With adapters that is all: the frozen base comes from ``model.path``.
+        """
         plain = self.plain_model(model)
         specs = {name: quantizer.spec.to_dict() for name, quantizer in quantizers(model)}
         with atomic_directory(directory) as temporary:
@@ -134,9 +146,10 @@ class Qat(Method[QatOptions]):
         )
         if different:
             name = different[0][0]
+            one, other = (there, own) if name in there or name in own else (_words(known), _words(specs))
             raise ModelError(
-                f"the weights do not fit this model: {name} is {there.get(name) or known.get(name, 'absent')} there, "
-                f"{own.get(name) or specs.get(name, 'absent')} here",
+                f"the weights do not fit this model: {name} is {one.get(name, 'absent')} there, "
+                f"{other.get(name, 'absent')} here",
                 where=str(directory),
                 rule="method.weight, method.activation, method.kv_cache and model.path must be those of the training",
             )
@@ -171,12 +184,13 @@ class Qat(Method[QatOptions]):
             )
             if words
         ]
-        lines.append(f"layers      {len(self._prepared)} quantized, {len(self._prepared.skipped)} as they are")
+        lines.append(f"quantized   {len(self._prepared)} layers, {len(self._prepared.skipped)} stay as they are")
         lines += [f"note        {note}" for note in self._prepared.notes]
         if self.options.kv_cache is not None:
             section = self.options.kv_cache
             kind = "symmetric" if section.symmetric else "asymmetric"
-            lines.append(f"KV cache    {section.format} {kind}, {section.share}, {section.site}, {len(self._kv)} layers")
+            words = f"{section.format} {kind}, {section.shared}, {section.site}"
+            lines.append(f"KV cache    {words}, {len(self._kv)} layers")
         ranges = sum(p.numel() for _, q in quantizers(model) for p in q.parameters(recurse=False) if p.requires_grad)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         return [*lines, f"trained     {trained:,} parameters" + (f", {ranges:,} of them ranges" if ranges else "")]
@@ -202,24 +216,35 @@ def described(section: QuantizerSection | None, *, weight: bool) -> str:
     return f"{spec.format} {levels}, {spec.granularity}{size}, {section.range}"
 
 
-def _decode(model: PreTrainedModel, ids: Tensor, context: Context) -> None:
+def _run(model: PreTrainedModel, ids: Tensor, context: Context) -> None:
+    run = model if isinstance(model.get_output_embeddings(), QuantLinear) else model.get_decoder()
     with context():
-        model.get_decoder()(input_ids=ids, use_cache=False)
+        run(input_ids=ids, use_cache=False)
 
 
-def _own_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The state dict less tied duplicates, contiguous and on the CPU."""
-    seen: set[int] = set()
-    kept = {}
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() in seen and tensor.numel():
-            continue
-        seen.add(tensor.data_ptr())
-        kept[name] = tensor.detach().cpu().contiguous()
-    return kept
+def _words(specs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Specs as ``format=int4 symmetric=True ...``."""
+    return {
+        name: " ".join(f"{key}={value}" for key, value in spec.items() if value is not None)
+        for name, spec in specs.items()
+    }
 
 
 def _plain_config(model: PreTrainedModel) -> Any:
     """The architecture's config without the attention of the training."""
-    config = type(model.config).from_dict(model.config.to_dict())
-    return config
+    return type(model.config).from_dict(model.config.to_dict())
+
+
+def _own_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The state dict less a frozen base and tied duplicates, contiguous and on the CPU."""
+    ranges = {id(parameter) for _, quantizer in quantizers(model) for parameter in quantizer.parameters(recurse=False)}
+    every = model.named_parameters(remove_duplicate=False)
+    frozen = {name for name, parameter in every if not parameter.requires_grad and id(parameter) not in ranges}
+    seen: set[int] = set()
+    kept = {}
+    for name, tensor in model.state_dict().items():
+        if name in frozen or (tensor.data_ptr() in seen and tensor.numel()):
+            continue
+        seen.add(tensor.data_ptr())
+        kept[name] = tensor.detach().cpu().contiguous()
+    return kept

@@ -47,7 +47,9 @@ def least_divergence(counts: Tensor, levels: int) -> int:
     Q: bins 0 .. i-1 without that tail, in ``levels`` runs of neighbours (bin k in run floor(k levels / i)); each run's
     total spread evenly over those of its bins that are not empty. Empty bins stay empty in both.
     Bin 0 counts as bin 1 does: zeros and near-zeros (ReLU) get code 0 under every threshold and say nothing about it.
-    A candidate that puts the tail in an empty bin has infinite divergence (P > 0 = Q). Of equal ones the last wins.
+    A candidate that puts the tail in an empty bin has infinite divergence (P > 0 = Q). One that keeps less than half of
+    the numbers is none: where they stay away from zero, as those looked up from a quantized table do, the first bin
+    with counts tells itself perfectly. Of equal ones the last wins.
 
     Args:
         counts: [bins] int64.
@@ -78,7 +80,8 @@ def least_divergence(counts: Tensor, levels: int) -> int:
     p_log_p = entropy_before[candidates - 1] + torch.where(raised > 0, raised * raised.log(), 0.0)
     p_log_q = (total * log_q).sum(dim=1) + tail * log_q[:, -1]
     divergence = (p_log_p - p_log_q) / before[-1] - before[-1].log() + kept.log()
-    divergence = torch.where((kept <= 0) | ((last <= 0) & (tail > 0)), torch.inf, divergence)
+    impossible = (kept < before[-1] / 2) | ((last <= 0) & (tail > 0))
+    divergence = torch.where(impossible, torch.inf, divergence)
     # Equal up to the rounding of the running sums.
     return int(candidates[divergence <= divergence.min() + 1e-12][-1])
 
