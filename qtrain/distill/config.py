@@ -9,6 +9,15 @@ from pydantic import Field, field_validator, model_validator
 from qtrain.section import Section
 
 
+class LayerwiseSection(Section):
+    """`distill.layerwise.*`: each block learns to answer as its full-precision twin, before the training (ZeroQuant)."""
+
+    steps: int = Field(50, ge=1, description="optimizer steps for each block")
+    lr: float = Field(1e-4, gt=0, description="learning rate of those")
+    rows: int = Field(128, ge=1, description="rows of training text that they see")
+    batch_size: int = Field(8, ge=1, description="rows in a step")
+
+
 class DistillSection(Section):
     """loss of a token = (1 - ce_weight) T^2 D(teacher, student) + ce_weight (-log student(next token)).
 
@@ -28,6 +37,9 @@ class DistillSection(Section):
         "online", description="online runs the teacher beside the student; cached reads its top_k logits from files"
     )
     top_k: int = Field(64, ge=1, description="logits a token that are cached; the others share one bucket")
+    layerwise: LayerwiseSection | None = Field(
+        None, description="blocks learn one by one from the teacher's before the training; works with loss=none too"
+    )
     cache_dir: str | None = Field(None, description="directory of the cached logits; default: RUN/teacher_logits")
 
     @field_validator("jsd_beta")
@@ -42,7 +54,7 @@ class DistillSection(Section):
 
     @model_validator(mode="after")
     def _a_loss_is_named(self) -> DistillSection:
-        asked = self.model_fields_set - {"loss"}
+        asked = self.model_fields_set - {"loss", "layerwise", "teacher"}
         if asked and "loss" not in self.model_fields_set:
             keys = ", ".join(f"distill.{key}" for key in type(self).model_fields if key in asked)
             raise ValueError(f"{keys} without a loss to use it: distill.loss=forward_kl (or reverse_kl, jsd, none)")

@@ -30,6 +30,9 @@ class ModelSection(Section):
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     dtype: DType = Field("auto", description="storage of unquantized weights: auto is bf16 where the device has it")
     attention: str = Field("auto", description="attention back end: auto, sdpa, eager, flash_attention_2, ...")
+    fused: Literal["auto", "none"] = Field(
+        "auto", description="liger-kernel's norm, RoPE and SwiGLU where it is installed and there is a GPU"
+    )
     trust_remote_code: bool = Field(False, description="run code that comes with the model; off unless asked for")
 
     _fp16 = field_validator("dtype", mode="before")(refuse_fp16)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qtrain.kernels.quantized_linear import quantized_linear
 from qtrain.modules.config import QuantizerSection
 from qtrain.modules.quantizer import Quantizer
 from qtrain.numerics.affine import QParams
-from qtrain.numerics.quantized_product import quantized_linear
 
 
 class QuantLinear(nn.Linear):

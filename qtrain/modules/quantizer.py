@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from qtrain.errors import ModelError
+from qtrain.kernels.fake_quantize import fake_quantize
 from qtrain.modules.config import QuantizerSection
 from qtrain.numerics.affine import QParams, choose_qparams, dequantize, grouped, qparams_of_bounds, quantize
-from qtrain.numerics.fake_quantize import fake_quantize
 from qtrain.numerics.observers.observer import Observer
 from qtrain.numerics.observers.registry import OBSERVERS
 from qtrain.numerics.ranges import search_qparams

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -11,15 +13,18 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from qtrain.callbacks.samples import SampleGenerations
+from qtrain.callbacks.scheduled_quantization import ScheduledQuantization
 from qtrain.callbacks.throughput import Throughput
 from qtrain.callbacks.trainable_checkpoint import read_checkpoint
 from qtrain.config.compose import save_config
 from qtrain.config.schema import Config
 from qtrain.console import say
 from qtrain.data.datamodule import LanguageData
+from qtrain.distill.layerwise import BlockError
 from qtrain.evaluation.progress import progress_over
 from qtrain.evaluation.recovery import Recovery
 from qtrain.files import write_json
+from qtrain.modules.calibrate import start_weights
 from qtrain.report.write import write_report
 from qtrain.training.module import LanguageModule
 from qtrain.training.run_directory import RunDirectory
@@ -60,7 +65,7 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
     trainer = L.Trainer(
         **trainer_arguments(config),
         logger=False,
-        callbacks=[*_callbacks(config, run), throughput],
+        callbacks=[*_callbacks(config, run, module, data, step or 0), throughput],
         default_root_dir=run.path,
     )
     validated = config.data.validation is not None
@@ -73,15 +78,19 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
     save_config(config, run.config)
     write_json(run.result("data"), data.summary.to_dict())
     trainer.loggers = loggers(config, run.path, step)
-    facts = [f"loss        {module.loss_path}", products(trainer)]
+    facts = [f"loss        {module.loss_path}", f"layers      {module.fused}", products(trainer)]
     say([*module.method.lines(module.model), *facts], title="model")
     baselines: dict[str, float] = {}
     before: dict[str, float] = {}
     if checkpoint is None:
-        module.calibrate(data.rows("train", getattr(config.method, "calibration_rows", 0)))
-        if validated:
-            baselines = _baselines(trainer, module, data)
-            before = _held_out(trainer, module, data)
+        # Before anything is moved: block by block distillation changes what full precision would be.
+        baselines = _baselines(trainer, module, data) if validated else {}
+        layerwise = config.distill.layerwise
+        rows = max(getattr(config.method, "calibration_rows", 0), layerwise.rows if layerwise else 0)
+        module.calibrate(data.rows("train", rows))
+        if module.block_errors:
+            say(block_lines(module.block_errors), title="blocks")
+        before = _held_out(trainer, module, data) if validated else {}
     if checkpoint is None:
         write_json(run.result("baselines"), {"baselines": baselines, "before": before})
     say(f"to {goal(trainer)}, from {f'step {step}' if checkpoint else 'the start'}", title="training")
@@ -122,26 +131,48 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
     return figures
 
 
-def _callbacks(config: Config, run: RunDirectory) -> list[Callback]:
+def _callbacks(
+    config: Config, run: RunDirectory, module: LanguageModule, data: LanguageData, step: int
+) -> list[Callback]:
     chosen = run_callbacks(config, run)
+    if module.method.schedule.moves:
+        find_ranges = partial(_find_ranges, data)
+        chosen.append(ScheduledQuantization(module.method.schedule, from_step=step, find_ranges=find_ranges))
     if config.run.samples:
         chosen.append(SampleGenerations(config.run.samples, config.generate, dir=run.path))
     return chosen
 
 
+def _find_ranges(data: LanguageData, trainer: L.Trainer, module: L.LightningModule) -> None:
+    """Of the weights and activations as they are by now."""
+    assert isinstance(module, LanguageModule) and module.model is not None
+    rows = data.rows("train", module.config.method.calibration_rows)
+    start_weights(module.model, again=True)
+    module.method.calibrate(module.model, rows, trainer.precision_plugin.forward_context, progress_over("calibrating"))
+
+
 def _held_out(trainer: L.Trainer, module: LanguageModule, data: LanguageData) -> dict[str, float]:
     found = trainer.validate(module, datamodule=data, verbose=False)[0]
+    module.to(trainer.strategy.root_device)  # Lightning leaves it on the CPU
     return {"val_loss": found["val/loss"], "val_perplexity": found["val/perplexity"]}
 
 
 def _baselines(trainer: L.Trainer, module: LanguageModule, data: LanguageData) -> dict[str, float]:
-    """Perplexity of each baseline that the method names."""
+    """Perplexity of each baseline that the method names; the curves of the run begin after them."""
     assert module.model is not None
     found = {}
+    own, trainer.loggers = trainer.loggers, []
     for name, entered in module.method.baselines(module.model).items():
         with entered():
             found[name] = _held_out(trainer, module, data)["val_perplexity"]
+    trainer.loggers = own
     return found
+
+
+def block_lines(errors: Sequence[BlockError]) -> list[str]:
+    """What layer-by-layer distillation did: the first blocks, the middle and the last."""
+    chosen = dict.fromkeys((0, len(errors) // 2, len(errors) - 1))
+    return [f"{errors[i].name:<12}mean squared error {errors[i].before:.3e} to {errors[i].after:.3e}" for i in chosen]
 
 
 def _recovery(baselines: dict[str, float], after: dict[str, float]) -> dict[str, float | None] | None:

@@ -15,12 +15,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qtrain.config.schema import Config
 from qtrain.data.isolation import check_isolation
+from qtrain.distill.config import LayerwiseSection
 from qtrain.distill.divergence import Objective
+from qtrain.distill.layerwise import BlockError, distill_layerwise
 from qtrain.distill.teacher import Teacher, teacher_model
 from qtrain.distill.token_loss import choose_online
-from qtrain.methods.method import Progress, build_method
+from qtrain.methods.method import Context, Progress, build_method
 from qtrain.models.dtype import resolve_dtypes
 from qtrain.models.fingerprint import fingerprint
+from qtrain.models.fused import fuse_layers
 from qtrain.models.load import load_model, load_tokenizer
 from qtrain.models.source import find_model
 from qtrain.modules.head import head_factors
@@ -55,12 +58,14 @@ class LanguageModule(L.LightningModule):
         self.config = config
         self.method = build_method(config.method)
         self.model: nn.Module | None = None
-        self.loss_path = ""
+        self.loss_path = self.fused = ""
         self._base, self._tokenizer, self._progress = base, tokenizer, progress
         self._loss: Loss | None = None
         self._objective: Loss | None = None  # of the training: the loss, or the divergence from a teacher
         self._window: list[Tensor] = []  # (loss, tokens) of the micro-batches since the last step
         self._validation: list[Tensor] = []
+        self._twin: Teacher | None = None
+        self.block_errors: list[BlockError] = []
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -89,7 +94,8 @@ class LanguageModule(L.LightningModule):
         storage, compute = resolve_dtypes(config.model.dtype, config.method.compute_dtype, device)
         base = self._base if self._base is not None else load_model(config.model, storage)
         self._base = None
-        teacher = self._teacher(base, compute, device)
+        self.fused = fuse_layers(base, device, config.model.fused)
+        self._twin = self._teacher(base, compute, device)
         L.seed_everything(config.run.seed, verbose=False)  # the adapters' start is the same however long loading took
         self.model = self.method.prepare(base, compute_dtype=compute, device=device, progress=self._progress)
         # Lightning keeps the mode that modules are in: loaded ones are in eval, without dropout and recomputation.
@@ -100,10 +106,10 @@ class LanguageModule(L.LightningModule):
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=compute == torch.bfloat16):
             self._loss, self.loss_path = choose_loss(plain)
             self._objective = self._loss
-            if teacher is not None:
-                section = config.distill
+            section = config.distill
+            if self._twin is not None and section.loss != "none":
                 objective = Objective(section.loss, section.temperature, section.ce_weight, section.jsd_beta)
-                self._objective, self.loss_path = choose_online(plain, teacher, objective, head_factors)
+                self._objective, self.loss_path = choose_online(plain, self._twin, objective, head_factors)
             if config.data.packing:
                 check_isolation(plain, int(plain.config.vocab_size))
         return self.model
@@ -114,12 +120,38 @@ class LanguageModule(L.LightningModule):
         config, device = self.config, next(self.model.parameters()).device
         _, compute = resolve_dtypes(config.model.dtype, config.method.compute_dtype, device)
         context = partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=compute == torch.bfloat16)
-        self.method.calibrate(self.model, rows, context, self._progress or (lambda items, total: items))
+        progress = self._progress or (lambda items, total: items)
+        self.method.calibrate(self.model, rows[: getattr(config.method, "calibration_rows", 0)], context, progress)
+        if config.distill.layerwise is not None:
+            self._distill_blocks(config.distill.layerwise, rows, context, progress)
+
+    def _distill_blocks(
+        self, section: LayerwiseSection, rows: Sequence[Tensor], context: Context, progress: Progress
+    ) -> None:
+        """Each block learns to answer as its full-precision twin, on what the quantized blocks before it give."""
+        assert self._twin is not None and self.model is not None
+        longest = max((row.shape[1] for row in rows), default=0)
+        whole = [row for row in rows if row.shape[1] == longest][: section.rows]
+        device = self._twin.device
+        self.block_errors = distill_layerwise(
+            self._twin.model,
+            self.method.plain_model(self.model),
+            torch.cat(whole).to(device) if whole else torch.empty(0, 0, dtype=torch.long),
+            steps=section.steps,
+            lr=section.lr,
+            batch_size=section.batch_size,
+            prefix="student",
+            groups=self.method.parameter_groups,
+            context=context,
+            seed=self.config.run.seed,
+            progress=progress,
+        )
+        self.model.train()
 
     def _teacher(self, base: PreTrainedModel, compute: torch.dtype, device: torch.device) -> Teacher | None:
-        """The full-precision twin on ``device``, where ``distill.loss`` asks for one."""
+        """The full-precision twin on ``device``, where something learns from one."""
         section = self.config.distill
-        if section.loss == "none":
+        if section.loss == "none" and section.layerwise is None:
             return None
         model = teacher_model(section, base, self.config.model, compute)
         context = partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=compute == torch.bfloat16)
