@@ -194,6 +194,12 @@ class QuantizationAwareTraining(Callback):
         # The loop's own counter, as in Lightning's monitors, is still that of this step; the next is the first new one.
         self._advance(trainer, pl_module, row=trainer.fit_loop.epoch_loop._batches_that_stepped + 1)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say it if the schedule had more to come."""
+        last = max(self.schedule.start_step, *self.schedule.bits, 0)
+        if trainer.global_step < last:
+            _say(f"warning: training ended at step {trainer.global_step}, and the schedule would go on to step {last}")
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the optimizers as they were."""
         for rate in self._learning_rates:

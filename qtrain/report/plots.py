@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import matplotlib
@@ -76,6 +76,23 @@ def histogram(name: str, edges: Sequence[float], counts: Sequence[float]) -> Mar
     return _finish(figure, axes, "samples", name)
 
 
+def heat_strips(
+    name: str, unit: str, across: str, rows: Sequence[tuple[str, Sequence[float]]], width: float = WIDE[0]
+) -> Markup:
+    """A strip of cells for each (label, values), first on top; the fuller the colour, the larger; NaN stays empty."""
+    figure, axes = _canvas((width, 1.0 + 0.42 * len(rows)))
+    finite = [value for _, values in rows for value in values if math.isfinite(value)]
+    low, high = min(finite, default=0.0), max(finite, default=0.0)
+    for at, (_, values) in enumerate(rows):
+        alphas = [0.0 if math.isnan(v) else 0.1 + 0.9 * ((v - low) / (high - low) if high > low else 1) for v in values]
+        # Cells are drawn and not an image, which would bring colours of its own; 1 % wider, or gaps would shimmer.
+        colours = [(TRAIN, round(alpha, 3)) for alpha in alphas]
+        axes.bar(range(len(values)), 0.86, 1.01, bottom=-at - 0.43, align="edge", color=colours, linewidth=0)
+    axes.set_xlabel(across, loc="right")
+    axes.set_ylim(-len(rows) + 0.5, 0.5)
+    return _finish(figure, axes, unit, name, {-at: label for at, (label, _) in enumerate(rows)})
+
+
 def smoothed(values: Sequence[float]) -> list[float]:
     """Mean over a thirtieth of the run around each point; centred, since a trailing mean hangs above a falling loss."""
     reach = max(1, len(values) // 60)
@@ -103,20 +120,28 @@ def _canvas(size: tuple[float, float]) -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
-def _finish(figure: Figure, axes: Axes, unit: str, name: str) -> Markup:
-    """Horizontal rules only, the unit where the axis begins, and the drawing as an element of the page."""
+def _finish(figure: Figure, axes: Axes, unit: str, name: str, labels: Mapping[int, str] | None = None) -> Markup:
+    """Horizontal rules only, the unit where the axis begins, and the drawing as an element of the page.
+
+    Args:
+        labels: of places on the vertical axis, instead of round numbers and their rules.
+    """
     width, height = (72 * inches for inches in figure.get_size_inches())
     axes.spines[["top", "left", "right"]].set_visible(False)
     axes.spines["bottom"].set_color(RULE)
     axes.set_axisbelow(True)
-    axes.grid(axis="y", color=RULE, linewidth=0.8)
+    if labels is None:
+        axes.grid(axis="y", color=RULE, linewidth=0.8)
     axes.tick_params(colors=INK, labelsize=11, length=0, pad=6)
     axes.xaxis.label.set(color=INK, fontsize=11)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=STEPS))
     axes.margins(x=0.01)
     low, high = axes.get_ylim()
-    ticks = [tick for tick in MaxNLocator(6, steps=STEPS).tick_values(low, high) if low <= tick <= high]
-    axes.set_yticks(ticks, tick_labels([round(tick, 12) for tick in ticks]))
+    if labels is not None:
+        axes.set_yticks(list(labels), list(labels.values()))
+    else:
+        ticks = [tick for tick in MaxNLocator(6, steps=STEPS).tick_values(low, high) if low <= tick <= high]
+        axes.set_yticks(ticks, tick_labels([round(tick, 12) for tick in ticks]))
     # Units of the drawing, the same for each: axes that stand side by side share their lines.
     left = 14 + 6.2 * max(len(text.get_text()) for text in axes.get_yticklabels())
     figure.subplots_adjust(left=left / width, right=1 - 12 / width, top=1 - 24 / height, bottom=42 / height)

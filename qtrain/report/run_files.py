@@ -6,7 +6,7 @@ import csv
 import json
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class RunFiles:
         data: split to summary, of data.json.
         samples: ``{step, prompt, text}`` of samples.jsonl.
         exports: format to figures, of export.json.
+        diagnostics: diagnostic to layer to its series, of diagnostics.csv.
     """
 
     name: str
@@ -37,6 +38,7 @@ class RunFiles:
     data: dict[str, dict[str, Any]]
     samples: list[dict[str, Any]]
     exports: dict[str, dict[str, Any]]
+    diagnostics: dict[str, dict[str, Series]] = field(default_factory=dict)
 
 
 def read_run(run_dir: Path) -> RunFiles:
@@ -58,6 +60,7 @@ def read_run(run_dir: Path) -> RunFiles:
         if samples.exists()
         else [],
         exports=_exports(_json(run_dir / "export.json")),
+        diagnostics=_diagnostics(run_dir / "diagnostics.csv"),
     )
 
 
@@ -74,6 +77,19 @@ def _metrics(path: Path) -> dict[str, Series]:
                 if name and step is not None and value is not None:
                     series[name].append((int(step), value))
     return dict(series)
+
+
+def _diagnostics(path: Path) -> dict[str, dict[str, Series]]:
+    """Rows of step, diagnostic, layer and value; those without a finite value are skipped."""
+    found: dict[str, dict[str, Series]] = defaultdict(lambda: defaultdict(list))
+    if not path.exists():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            step, value = _number(row.get("step")), _number(row.get("value"))
+            if step is not None and value is not None:
+                found[row["diagnostic"]][row["layer"]].append((int(step), value))
+    return {name: dict(layers) for name, layers in found.items()}
 
 
 def _number(cell: Any) -> float | None:

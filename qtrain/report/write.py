@@ -13,6 +13,7 @@ from markupsafe import Markup
 from qtrain.files import write_text
 from qtrain.report import sections
 from qtrain.report.figures import flat, headlines
+from qtrain.report.quantization import quantization
 from qtrain.report.run_files import read_run
 
 
@@ -40,6 +41,7 @@ def write_report(run_dir: Path) -> Path:
         headlines=headlines(run),
         loss=sections.loss_plot(run),
         plots=sections.small_plots(run),
+        quantization=quantization(run),
         splits=sections.data_splits(run),
         answers=sections.answers(run),
         exports=sections.exports(run),

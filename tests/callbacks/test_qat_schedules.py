@@ -152,6 +152,13 @@ def test_an_evaluation_of_a_checkpoint_uses_the_bits_of_its_step(tmp_path: Path)
     assert torch.equal(fresh.layers(x), module.layers(x))
 
 
+def test_a_training_that_ends_before_its_schedule_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path, 3)
+    assert "training ended at step 3, and the schedule would go on to step 4" in capsys.readouterr().out
+    run(tmp_path, 4)
+    assert "the schedule would go on" not in capsys.readouterr().out
+
+
 def test_frozen_ranges_stay_under_decay_and_momentum(tmp_path: Path) -> None:
     class Decayed(Net):
         def configure_optimizers(self) -> torch.optim.Optimizer:

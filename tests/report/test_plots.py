@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qtrain.report.plots import COLOURS, VALIDATION, Curve, curves, histogram, smoothed, tick_labels
+from qtrain.report.plots import COLOURS, VALIDATION, Curve, curves, heat_strips, histogram, smoothed, tick_labels
 
 POINTS = [(step, 3 - step / 50) for step in range(100)]
 
@@ -69,3 +69,16 @@ def test_ticks_agree_in_their_decimals() -> None:
     assert tick_labels([0, 1e6, 2e6]) == ["0", "1 × 10⁶", "2 × 10⁶"]
     assert tick_labels([0]) == ["0"]
     assert tick_labels([]) == []
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.lists(
+        st.lists(st.floats(-1e6, 1e6) | st.just(float("nan")), min_size=3, max_size=3), min_size=1, max_size=4
+    )
+)
+def test_strips_hold_a_cell_for_each_value_in_the_pages_colour(rows: list[list[float]]) -> None:
+    svg = heat_strips("sqnr", "step", "layer", [(f"row {at}", row) for at, row in enumerate(rows)])
+    assert {f"row {at}" for at in range(len(rows))} | {"step", "layer"} <= set(texts(svg))
+    assert svg.count("var(--train)") == sum(value == value for row in rows for value in row)
+    assert not any(colour in svg for colour in COLOURS)
