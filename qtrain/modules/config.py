@@ -72,6 +72,10 @@ class QuantizerSection(Section):
             self.known_bounds()
         if self.range == "pact" and (self.format in ("ternary", "binary") or self.format.startswith("fp8")):
             raise ValueError(f"range: pact clips integer formats, not {self.format}: format: int4")
+        if self.calibrate == "kl" and not self.symmetric:
+            raise ValueError("calibrate: kl chooses one threshold for |x|: symmetric: true, or calibrate: mse")
+        if self.calibrate not in ("min_max", "mse", "lsq") and self.format in ("binary", "ternary"):
+            raise ValueError(f"{self.format} has no histogram's threshold: calibrate: mse")
         if self.calibrate == "lsq" and not self.symmetric:
             raise ValueError("calibrate: lsq is a symmetric start: calibrate: mse")
         if self.range == "learned" and self.format.startswith("fp8"):
@@ -127,3 +131,10 @@ class WeightSection(QuantizerSection):
     """`method.weight.*`: int4 unless it is said."""
 
     format: str = Field("int4", description="int2 .. int8, ternary, binary, fp8_e4m3 or fp8_e5m2")
+
+    @model_validator(mode="after")
+    def _no_histogram_for_each_group(self) -> WeightSection:
+        if self.calibrate in ("percentile", "kl", "moving_average") and self.group_size is not None:
+            # 32 kB a group: 34 GB for a 4096 x 4096 weight in groups of 64.
+            raise ValueError(f"calibrate: {self.calibrate} for each group of a weight: calibrate: mse")
+        return self

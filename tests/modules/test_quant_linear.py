@@ -158,3 +158,79 @@ def test_a_convolution_has_a_scale_for_each_channel() -> None:
     assert one.input_quantizer is not None
     assert torch.equal(one(x), F.conv2d(one.input_quantizer(x), one.quantized_weight(), padding=1))
     assert one.input_quantizer.qparams(x).scale.numel() == 1
+
+
+def test_one_input_of_several_layers_is_quantized_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qtrain.kernels import quantized_linear as module
+
+    calls: list[tuple[int, ...]] = []
+    forward = module.forward
+
+    def counted(x: Tensor, *rest: Any) -> Tensor:
+        calls.append(tuple(x.shape))
+        return forward(x, *rest)
+
+    monkeypatch.setattr(module, "forward", counted)
+    q, k = layer(None, TOKENS), layer(None, TOKENS)
+    x = torch.randn(5, 64, requires_grad=True)
+    first = (q(x), k(x))
+    assert calls == [(5, 64)]
+    with torch.no_grad():
+        x.mul_(2.0)  # another content in the same place
+    second = (q(x), k(x))
+    assert calls == [(5, 64)] * 2
+    assert torch.allclose(second[0], 2 * first[0] - q.bias, atol=1e-5)  # levels scale with their input
+    other = torch.randn(5, 64)
+    assert torch.equal(q(other), F.linear(q.input_quantizer(other), q.weight, q.bias))  # type: ignore[misc]
+
+
+def test_shared_casts_sum_their_gradients() -> None:
+    q, k = layer(ROWS, TOKENS), layer(ROWS, None)
+    x = torch.randn(5, 64, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (q(x).float().sum() + k(x).float().sum()).backward()
+    assert x.grad is not None
+    both = x.grad.clone()
+    x.grad = None
+    for one in (q, k):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            one(x).float().sum().backward()
+    assert torch.allclose(both, x.grad, rtol=0.02, atol=0.02)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.no_grad():
+            q(x)
+        assert q(x).requires_grad  # a cast made without gradients serves no pass with them
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo on autograd functions
+@pytest.mark.filterwarnings("ignore:.*Dynamo does not know how to trace:UserWarning")
+def test_a_whole_decoder_layer_compiles_without_a_break(tiny_llama: Any) -> None:
+    from qtrain.modules.kv.config import KVCacheSection
+    from qtrain.modules.kv.prepare import prepare_kv
+    from qtrain.modules.prepare import prepare_modules
+
+    torch._dynamo.reset()
+    weight = WeightSection(format="int4", group_size=32, range="learned")
+    prepare_modules(tiny_llama, weight=weight, activation=QuantizerSection(format="int8"))
+    prepare_kv(tiny_llama, KVCacheSection(format="int4", symmetric=False, site="pre_rope", share="per_token"))
+    block, hidden = tiny_llama.model.layers[0], torch.randn(2, 6, 64)
+    position = torch.arange(6)[None]
+    angles = tiny_llama.model.rotary_emb(hidden, position)
+
+    def run(x: Tensor) -> Tensor:
+        found = block(x, position_embeddings=angles, position_ids=position, attention_mask=None)
+        return found[0] if isinstance(found, tuple) else found
+
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    results = []
+    for function in (run, compiled):
+        x = hidden.clone().requires_grad_()
+        y = function(x)
+        y.square().sum().backward()
+        gradients = [p.grad.clone() for p in block.parameters() if p.grad is not None]
+        results.append((y.detach(), x.grad, gradients))
+        block.zero_grad()
+    (eager, d_eager, g_eager), (other, d_other, g_other) = results
+    assert torch.equal(eager, other)
+    assert d_eager is not None and d_other is not None and torch.allclose(d_eager, d_other, rtol=1e-5, atol=1e-6)
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(g_eager, g_other, strict=True))

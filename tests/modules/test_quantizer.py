@@ -160,8 +160,15 @@ def test_conventions_of_consumers() -> None:
         ({"range": "learned", "format": "fp8_e4m3"}, "dynamic or static"),
         ({"calibrate": "lsq", "symmetric": False, "range": "learned"}, "calibrate: mse"),
         ({"mid_rise": True, "format": "int2", "symmetric": False}, "around zero"),
+        ({"calibrate": "kl", "symmetric": False, "range": "static"}, "calibrate: mse"),
+        ({"calibrate": "percentile", "format": "binary", "range": "learned"}, "calibrate: mse"),
     ],
 )
 def test_what_a_section_refuses(keys: dict[str, object], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         QuantizerSection.model_validate(keys)
+
+
+def test_no_histogram_is_made_for_each_group_of_a_weight() -> None:
+    with pytest.raises(ValueError, match="calibrate: mse"):
+        WeightSection(group_size=64, range="static", calibrate="kl")
