@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
+from qtrain.callbacks.followed_hooks import FollowedHooks
 from qtrain.callbacks.module_preparation import ModulePreparation, place_of, plain
 from qtrain.callbacks.training_batches import first_batches, untracked
 from qtrain.console import say
@@ -46,8 +46,8 @@ class QuantizationAwareTraining(Callback):
     ends: ``qtrain.modules.convert`` does that where it is wanted.
 
     Args:
-        weight, activation: options of linears and convolutions (``QuantizerSection``): ``{"format": "int4", "range":
-            "learned", "calibrate": "mse"}``; None leaves that side in full precision.
+        weight, activation: options of linears and convolutions (``qtrain.modules.config``), int4 and int8 unless it is
+            said: ``{"format": "int4", "range": "learned", "calibrate": "mse"}``; None leaves that side as it is.
         pact: of the activations that replace ReLU modules; unsigned, with a trained bound, unless it is said.
         embedding: of embedding tables.
         kv_cache: of keys and values in transformers' decoders (``KVCacheSection``).
@@ -56,7 +56,9 @@ class QuantizationAwareTraining(Callback):
             first step (with ``start_step``: the last ones before it).
         start_step, freeze_ranges_step, bits_schedule: see ``qtrain.modules.schedule.QuantizationSchedule``; steps are
             ``trainer.global_step``.
-        scale_lr: learning rate of learned ranges and PACT's bounds, before the module's own schedule; default theirs.
+        scale_lr: learning rate of learned ranges and PACT's bounds, under the module's own schedule; default that of
+            their group. Adam moves a scale by about its rate each step, however small the scale: at 0.01 scales of 0.03
+            pass zero within a few steps.
 
     Raises:
         ModelError: nothing to quantize, a pattern that matches nothing, learned ranges that no optimizer has.
@@ -96,7 +98,7 @@ class QuantizationAwareTraining(Callback):
             head=head,
             schedule=self.schedule,
         )
-        self._restore: list[Callable[[], None]] = []
+        self._hooks = FollowedHooks()
         self._learning_rates: list[OwnLearningRate] = []
         self._observers: dict[Quantizer, Observer] = {}
 
@@ -130,17 +132,17 @@ class QuantizationAwareTraining(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Quantize the module's layers as soon as it has them."""
-        self._undo()
+        self._hooks.undo()
         self.preparation.watch(pl_module)
         # The callback's own hook is not asked for files of weights alone, and what it did others may replace.
-        self._follow(
+        self._hooks.follow(
             pl_module,
             "on_save_checkpoint",
             lambda checkpoint: self.preparation.mark(pl_module, checkpoint["state_dict"]),
         )
         for hook in ("configure_model", "setup"):
             if is_overridden(hook, pl_module):
-                return self._follow(pl_module, hook, lambda *args, **kwargs: self._prepare(pl_module))
+                return self._hooks.follow(pl_module, hook, lambda *args, **kwargs: self._prepare(pl_module))
         return self._prepare(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -212,7 +214,7 @@ class QuantizationAwareTraining(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the module's hooks as they were."""
-        self._undo()
+        self._hooks.undo()
 
     def _prepare(self, pl_module: LightningModule) -> None:
         fresh = not place_of(pl_module).options
@@ -266,28 +268,6 @@ class QuantizationAwareTraining(Callback):
             with torch.no_grad():
                 for one, value in zip(kept, flat.split([one.numel() for one in kept]), strict=True):
                     one.copy_(value.view_as(one))
-
-    def _follow(self, pl_module: LightningModule, hook: str, then: Callable[..., None]) -> None:
-        """Do something after a hook of the module, until ``_undo``."""
-        original, own = getattr(pl_module, hook), vars(pl_module).get(hook)
-
-        @wraps(original)
-        def extended(*args: Any, **kwargs: Any) -> Any:
-            result = original(*args, **kwargs)
-            then(*args, **kwargs)
-            return result
-
-        def undo() -> None:
-            vars(pl_module).pop(hook, None)
-            if own is not None:
-                vars(pl_module)[hook] = own
-
-        vars(pl_module)[hook] = extended
-        self._restore.append(undo)
-
-    def _undo(self) -> None:
-        while self._restore:
-            self._restore.pop()()
 
 
 def _learned(module: nn.Module) -> dict[str, nn.Parameter]:

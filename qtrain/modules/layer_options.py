@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import ValidationError
 
 from qtrain.errors import ConfigError, ModelError
-from qtrain.modules.config import QuantizerSection
+from qtrain.modules.config import QuantizerSection, WeightSection
 from qtrain.registry import did_you_mean
 
 T = TypeVar("T")
@@ -23,8 +23,8 @@ KEYS: dict[Kind, tuple[str, ...]] = {
     "pact": ("pact",),
 }
 """What can be said about a layer of each kind."""
-PACT = QuantizerSection(symmetric=False, range="pact")
-"""What the options of a ReLU's replacement begin with."""
+DEFAULTS = {"weight": WeightSection(), "pact": QuantizerSection(symmetric=False, range="pact")}
+"""What options begin with, where that is not a QuantizerSection's own."""
 
 
 def matches(name: str, patterns: Iterable[str]) -> str | None:
@@ -101,7 +101,7 @@ def section_of(
         return options
     if not isinstance(options, Mapping):
         raise ConfigError(f"{options!r}", where=where, rule="options of a quantizer, or None", fix="{'format': 'int8'}")
-    known = before or (PACT if key == "pact" else QuantizerSection())
+    known = before or DEFAULTS.get(key, QuantizerSection())
     return explained(lambda: known.merged(dict(options)), where)
 
 

@@ -381,6 +381,14 @@ def test_mistakes_are_told_at_once(keys: dict[str, Any]) -> None:
         QuantizationAwareTraining(**keys)
 
 
+def test_options_begin_where_the_methods_do() -> None:
+    sections = QuantizationAwareTraining(weight={"range": "learned"}, activation={}, pact={}).preparation.sections
+    weight, activation, pact = (sections[key] for key in ("weight", "activation", "pact"))
+    assert weight is not None and activation is not None and pact is not None
+    assert (weight.format, activation.format) == ("int4", "int8")
+    assert (pact.range, pact.symmetric) == ("pact", False)
+
+
 class ConvNet(Net):
     """Convolutions with batch norm, images."""
 
