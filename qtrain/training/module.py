@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,7 @@ from qtrain.models.fused import fuse_layers
 from qtrain.models.load import load_model, load_tokenizer
 from qtrain.models.source import find_model
 from qtrain.modules.head import head_factors
+from qtrain.modules.quantizers import full_precision, quantizers
 from qtrain.modules.token_loss import Loss, choose_loss
 from qtrain.training.optimizers import build_optimizer, build_schedule
 
@@ -103,7 +105,12 @@ class LanguageModule(L.LightningModule):
         plain = self.method.plain_model(self.model)
         if config.run.recompute == "full":
             plain.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=compute == torch.bfloat16):
+        # Ranges that calibration will find are not there yet, and what is looked at here does not depend on them.
+        unready = any(not quantizer.ready for _, quantizer in quantizers(plain))
+        with (
+            full_precision(plain) if unready else nullcontext(),
+            torch.autocast(device.type, dtype=torch.bfloat16, enabled=compute == torch.bfloat16),
+        ):
             self._loss, self.loss_path = choose_loss(plain)
             self._objective = self._loss
             section = config.distill
