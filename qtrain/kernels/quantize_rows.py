@@ -29,7 +29,8 @@ def fits(rule: Rule, x: Tensor) -> bool:
         return False
     if rule.spec.granularity not in ("per_channel", "per_token", "per_group"):
         return False
-    return x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16) and grouped_size(x, rule.spec) <= LONGEST
+    known = x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return known and grouped_size(x, rule.spec) <= LONGEST
 
 
 def forward(rule: Rule, x: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor:

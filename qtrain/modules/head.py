@@ -10,7 +10,7 @@ from qtrain.modules.quant_linear import QuantLinear
 
 
 def head_factors(model: PreTrainedModel, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(x [.., d], weight [vocab, d], bias [vocab]) whose product the head's logits are, on the levels, with gradients."""
+    """(x [.., d], weight [vocab, d], bias [vocab]), on their levels, with gradients: logits = x W^T + b."""
     head = model.get_output_embeddings()
     if isinstance(head, QuantLinear):
         quantizer = head.input_quantizer

@@ -62,4 +62,5 @@ class QuantConv2d(nn.Conv2d):
         """[batch, in, height, width] to [batch, out, ..]."""
         if self.input_quantizer is not None:
             input = self.input_quantizer(input)
-        return self._conv_forward(input, self.quantized_weight(), self.bias)
+        output: Tensor = self._conv_forward(input, self.quantized_weight(), self.bias)
+        return output

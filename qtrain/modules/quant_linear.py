@@ -44,7 +44,7 @@ class QuantLinear(nn.Linear):
         return new.to(linear.weight.device) if not linear.weight.is_meta else new
 
     def add_adapter(self, r: int, lora_alpha: float) -> None:
-        """Freeze W and train A [r, in] and B [out, r] in fp32: fq(W + (lora_alpha / r) B A) (Hu 2021; B starts at 0)."""
+        """Freeze W; train A [r, in] and B [out, r] from 0, in fp32: fq(W + (lora_alpha / r) B A) (Hu 2021)."""
         self.weight.requires_grad_(False)
         device = self.weight.device
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, device=device))

@@ -146,7 +146,7 @@ def _callbacks(
 def _find_ranges(data: LanguageData, trainer: L.Trainer, module: L.LightningModule) -> None:
     """Of the weights and activations as they are by now."""
     assert isinstance(module, LanguageModule) and module.model is not None
-    rows = data.rows("train", module.config.method.calibration_rows)
+    rows = data.rows("train", getattr(module.config.method, "calibration_rows", 0))
     start_weights(module.model, again=True)
     module.method.calibrate(module.model, rows, trainer.precision_plugin.forward_context, progress_over("calibrating"))
 

@@ -172,3 +172,12 @@ def test_what_a_section_refuses(keys: dict[str, object], words: str) -> None:
 def test_no_histogram_is_made_for_each_group_of_a_weight() -> None:
     with pytest.raises(ValueError, match="calibrate: mse"):
         WeightSection(group_size=64, range="static", calibrate="kl")
+
+
+def test_ranges_stay_in_fp32_whatever_the_model_is_cast_to() -> None:
+    weight = torch.randn(4, 8)
+    quantizer = of({"range": "learned", "symmetric": False}, weight)
+    before = {name: value.clone() for name, value in quantizer.state_dict().items()}
+    quantizer.to(torch.bfloat16)
+    assert all(torch.equal(value, before[name]) for name, value in quantizer.state_dict().items())
+    assert quantizer.to("meta").state_dict()["scale"].is_meta
