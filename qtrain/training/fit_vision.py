@@ -19,7 +19,13 @@ from qtrain.console import say
 from qtrain.errors import ConfigError
 from qtrain.files import write_json
 from qtrain.report.write import write_report
-from qtrain.training.image_quantization import quantization, quantization_lines, recovery, untrained_accuracies
+from qtrain.training.image_quantization import (
+    diagnostics,
+    quantization,
+    quantization_lines,
+    recovery,
+    untrained_accuracies,
+)
 from qtrain.training.run_directory import RunDirectory
 from qtrain.training.tracking import close, log_artifacts, log_recovery, loggers
 from qtrain.training.trainer import (
@@ -77,10 +83,11 @@ def fit(config: VisionConfig, run: RunDirectory) -> dict[str, Any]:
     quantizing, throughput = quantization(config.method), Throughput()
     # Shapes never change, and a step takes milliseconds, less than logging it.
     arguments = trainer_arguments(config, benchmark=True, log_every_n_steps=20)
+    of_quantization = [quantizing, *diagnostics(arguments["log_every_n_steps"])] if quantizing else []
     trainer = L.Trainer(
         **arguments,
         logger=False,
-        callbacks=[*([quantizing] if quantizing else []), *run_callbacks(config, run), throughput],
+        callbacks=[*of_quantization, *run_callbacks(config, run), throughput],
         default_root_dir=run.path,
     )
     _check_length(trainer)
@@ -106,19 +113,18 @@ def fit(config: VisionConfig, run: RunDirectory) -> dict[str, Any]:
     trained_from = time.monotonic()
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     seconds = time.monotonic() - trained_from
-    tested = _measured("test", trainer.test(module, datamodule=data, verbose=False))
-    recovered = recovery(untrained, tested["test_accuracy"]) if quantizing else None
+    train_loss = number(trainer.callback_metrics.get("train/loss"))  # evaluating forgets it
+    measured = {}
+    if config.data.validation_share:
+        measured = _measured("val", trainer.validate(module, datamodule=data, verbose=False))
+    measured |= _measured("test", trainer.test(module, datamodule=data, verbose=False))
+    recovered = recovery(untrained, measured["test_accuracy"]) if quantizing else None
     if recovered and recovered.warning:
         say(f"warning: {recovered.warning}")
     figures: dict[str, Any] = {
         "steps": trainer.global_step,
-        "train_loss": number(trainer.callback_metrics.get("train/loss")),
-        **(
-            _measured("val", trainer.validate(module, datamodule=data, verbose=False))
-            if config.data.validation_share
-            else {}
-        ),
-        **tested,
+        "train_loss": train_loss,
+        **measured,
         "recovery": recovered.to_dict() if recovered else None,
         "images_per_second": throughput.samples_per_second,
         "peak_gib": throughput.peak_gib,

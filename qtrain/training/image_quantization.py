@@ -5,9 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import Callback
 from torch import nn
 
+from qtrain.callbacks.code_flips import CodeFlips
+from qtrain.callbacks.layer_sqnr import LayerSQNR
 from qtrain.callbacks.quantization_aware_training import QuantizationAwareTraining
+from qtrain.callbacks.saturation import Saturation
+from qtrain.callbacks.scale_drift import ScaleDrift
 from qtrain.evaluation.recovery import AccuracyRecovery
 from qtrain.methods.config import MethodSection
 from qtrain.methods.qat.method import described
@@ -38,6 +43,11 @@ def quantization(method: MethodSection) -> QuantizationAwareTraining | None:
         bits_schedule=method.bits_schedule,
         scale_lr=method.scale_lr,
     )
+
+
+def diagnostics(every_n_steps: int) -> list[Callback]:
+    """What the report shows layer by layer."""
+    return [ScaleDrift(every_n_steps), Saturation(every_n_steps), LayerSQNR(every_n_steps), CodeFlips(every_n_steps)]
 
 
 def untrained_accuracies(

@@ -41,7 +41,8 @@ class ImageClassifier(L.LightningModule):
 
     def on_train_batch_start(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Log the rate of this step."""
-        self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+        # A tensor: a plain number would be copied to the device, and the step would wait for that.
+        self.log("train/lr", torch.tensor(self.trainer.optimizers[0].param_groups[0]["lr"]))
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Add one batch to the means over the split."""
