@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from qtrain.data.sample import IGNORED, Sample
 
 Row = Sequence[Sample]
 Batch = dict[str, Tensor]
+Collate = Callable[[Sequence[Row]], Batch]
 
 
 def collate_packed(rows: Sequence[Row], *, pad: int, length: int) -> Batch:

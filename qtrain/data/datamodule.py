@@ -10,10 +10,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from qtrain.data.collate import collate_packed, collate_padded
+from qtrain.data.collate import Collate, collate_packed, collate_padded
 from qtrain.data.config import DataSection
 from qtrain.data.encoding import Encoder, Tally
-from qtrain.data.loader import Collate, ResumableLoader, RowLoader
+from qtrain.data.loader import ResumableLoader, RowLoader
+from qtrain.data.numbered_rows import NumberedRows
 from qtrain.data.preparation import Split, check_samples, describe, prepare, read_items
 from qtrain.data.progress import Progress, progress_of, settle_epoch
 from qtrain.data.prompts import Prompt, prompt_of
@@ -30,7 +31,8 @@ class LanguageData(lightning.LightningDataModule):
     """Text and chats as batches for a causal language model.
 
     A batch holds ``input_ids`` and ``labels`` [B, L], ``position_ids`` or ``attention_mask`` [B, L] where they are
-    needed, and the counts ``tokens`` and ``loss_tokens``. Labels stand at their own tokens; the loss shifts them.
+    needed, the counts ``tokens`` and ``loss_tokens``, and ``rows`` [B], the numbers of its rows in the split, unless that
+    is streamed. Labels stand at their own tokens; the loss shifts them.
 
     Args:
         section: the `data.*` keys.
@@ -108,6 +110,19 @@ class LanguageData(lightning.LightningDataModule):
             held += len(taken[-1])
         return taken
 
+    def numbered_rows(self, split: str) -> NumberedRows:
+        """All rows of a split as they are batched, by number.
+
+        Raises:
+            DataError: the split is not set, or is read as a stream.
+        """
+        if split not in self._splits:
+            raise DataError(f"there is no data for this: data.{split} is not set", fix=f"data.{split}=FILE")
+        prepared = self._splits[split]
+        return NumberedRows(
+            prepared.store, prepared.rows, self._collate(packing=self.section.packing and split != "predict")
+        )
+
     def rows(self, split: str, count: int) -> list[Tensor]:
         """Token ids [1, tokens] of the first samples of a split: as many as hold ``count`` times max_length tokens."""
         if not count:
@@ -144,13 +159,8 @@ class LanguageData(lightning.LightningDataModule):
         self.summary.splits["train"] = describe(store, tally, rows, self._encoder, packing=packing, streamed=True)
 
     def _loader(self, split: str, *, shuffle: bool = False, progress: Progress | None = None) -> RowLoader:
-        if split not in self._splits:
-            raise DataError(f"there is no data for this: data.{split} is not set", fix=f"data.{split}=FILE")
-        prepared = self._splits[split]
         return RowLoader(
-            prepared.store,
-            prepared.rows,
-            self._collate(packing=self.section.packing and split != "predict"),
+            self.numbered_rows(split),
             batch_size=self.section.batch_size if split == "train" else self._eval_batch_size,
             shuffle=shuffle,
             seed=self.seed,

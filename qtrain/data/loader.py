@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from qtrain.data.collate import Batch, Row
+from qtrain.data.collate import Batch
+from qtrain.data.numbered_rows import NumberedRows
 from qtrain.data.progress import Progress
-from qtrain.data.sample import IGNORED, Sample, SampleStore
 from qtrain.errors import CheckpointError
-
-Collate = Callable[[Sequence[Row]], Batch]
 
 
 class ResumableLoader(ABC):
@@ -74,15 +72,11 @@ class RowLoader(ResumableLoader):
     With several ranks each takes every ``world_size``-th row; where the rows do not divide, the first ones fill up
     without labels, so that all ranks see equally many batches and no token counts twice.
 
-    Args:
-        rows: sample indices of each row.
     """
 
     def __init__(
         self,
-        store: SampleStore,
-        rows: list[list[int]],
-        collate: Collate,
+        rows: NumberedRows,
         *,
         batch_size: int,
         shuffle: bool,
@@ -98,11 +92,11 @@ class RowLoader(ResumableLoader):
             "batch_size": batch_size,
             "ranks": world_size,
             "rows": len(rows),
-            "checksum": store.checksum(),
+            "checksum": rows.store.checksum(),
         }
         super().__init__(identity, progress)
-        self.store, self.rows = store, rows
-        self._collate, self._batch_size, self._shuffle, self._seed = collate, batch_size, shuffle, seed
+        self.rows = rows
+        self._batch_size, self._shuffle, self._seed = batch_size, shuffle, seed
         self._workers, self._rank, self._world_size = workers, rank, world_size
 
     def __len__(self) -> int:
@@ -110,7 +104,7 @@ class RowLoader(ResumableLoader):
         return -(-share // self._batch_size)
 
     def _batches(self, epoch: int, first: int) -> Iterator[Batch]:
-        batches = _EpochBatches(self.store, self.rows, self._collate, self._order(epoch), self._batch_size)
+        batches = _EpochBatches(self.rows, self._order(epoch), self._batch_size)
         yield from DataLoader(
             batches,
             batch_size=None,
@@ -132,22 +126,12 @@ class RowLoader(ResumableLoader):
 class _EpochBatches(Dataset[Batch]):
     """The batches of one rank in one epoch, by number."""
 
-    def __init__(
-        self, store: SampleStore, rows: list[list[int]], collate: Collate, order: list[tuple[int, bool]], size: int
-    ) -> None:
-        self._store, self._rows, self._collate, self._order, self._size = store, rows, collate, order, size
+    def __init__(self, rows: NumberedRows, order: list[tuple[int, bool]], size: int) -> None:
+        self._rows, self._order, self._size = rows, order, size
 
     def __len__(self) -> int:
         return -(-len(self._order) // self._size)
 
     def __getitem__(self, number: int) -> Batch:
-        rows = []
-        for row, counts in self._order[number * self._size : (number + 1) * self._size]:
-            samples = [self._store[index] for index in self._rows[row]]
-            rows.append(samples if counts else [without_labels(sample) for sample in samples])
-        return self._collate(rows)
-
-
-def without_labels(sample: Sample) -> Sample:
-    """The sample with no token that carries loss."""
-    return Sample(sample.input_ids, [IGNORED] * len(sample))
+        chosen = self._order[number * self._size : (number + 1) * self._size]
+        return self._rows.batch([row for row, _ in chosen], [counts for _, counts in chosen])

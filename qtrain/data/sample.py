@@ -33,6 +33,10 @@ class Sample:
         """Tokens that carry loss."""
         return sum(label != IGNORED for label in self.labels)
 
+    def without_labels(self) -> Sample:
+        """The sample with no token that carries loss."""
+        return Sample(self.input_ids, [IGNORED] * len(self))
+
 
 class SampleStore:
     """Many samples in flat arrays: 5 bytes a token, where two lists of Python integers take about 70."""

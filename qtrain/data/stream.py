@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from qtrain.data.collate import Batch
+from qtrain.data.collate import Batch, Collate
 from qtrain.data.contents import Item, read_contents
 from qtrain.data.encoding import Encoder, Tally
 from qtrain.data.formats.record import Document
-from qtrain.data.loader import Collate, ResumableLoader, without_labels
+from qtrain.data.loader import ResumableLoader
 from qtrain.data.packing import pack
 from qtrain.data.progress import Progress
 from qtrain.data.sample import Sample
@@ -173,7 +173,7 @@ class _StreamBatches(IterableDataset[tuple[Batch | QtrainError, Cursor]]):
             found, after = True, taken[-1][1]
             share = [row for row, _ in taken[self._rank :: self._world_size]]
             if len(taken) % self._world_size and len(share) < -(-len(taken) // self._world_size):
-                share.append([without_labels(sample) for sample in taken[0][0]])
+                share.append([sample.without_labels() for sample in taken[0][0]])
             yield self._collate(share), after
         if not found and self._cursor == (0, 0, 0):
             raise DataError("the stream has no sample that carries loss", fix="look at data.train and data.train_on")

@@ -14,10 +14,7 @@ from qtrain.distill.linear_divergence import linear_divergence, logits_divergenc
 from qtrain.distill.targets import Target, TeacherHead, TeacherLogits, TopK, same_vocabulary
 from qtrain.distill.teacher import Teacher
 from qtrain.modules.head import head_factors
-from qtrain.modules.token_loss import INPUTS, Loss
-
-ROWS = "rows"
-"""The key of a batch's row numbers [B] in the data set, by which cached logits are found."""
+from qtrain.modules.token_loss import INPUTS, ROWS, Loss
 
 
 def choose_online(

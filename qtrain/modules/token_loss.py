@@ -14,6 +14,9 @@ from qtrain.modules.linear_cross_entropy import linear_cross_entropy
 
 Loss = Callable[[Mapping[str, Tensor]], Tensor]
 INPUTS = ("input_ids", "attention_mask", "position_ids")
+"""What of a batch the model is given."""
+ROWS = "rows"
+"""The key of a batch's row numbers [B] in the data set, by which cached logits are found."""
 
 
 def plain_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

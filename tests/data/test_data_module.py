@@ -42,7 +42,7 @@ def test_perplexity_protocol(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: 
     assert all(batch["labels"][:, 0].eq(-100).all() for batch in batches)
     assert torch.equal(batches[0]["labels"][:, 1:], batches[0]["input_ids"][:, 1:])
     # Whole windows need neither positions nor mask.
-    assert set(batches[0]) == {"input_ids", "labels", "tokens", "loss_tokens"}
+    assert set(batches[0]) == {"input_ids", "labels", "tokens", "loss_tokens", "rows"}
     summary = data.summary.splits["validation"]
     assert (summary.tokens, summary.loss_tokens) == (len(ids), len(ids) - len(rows))
     assert summary.loss_tokens == sum(int(batch["loss_tokens"]) for batch in batches)
