@@ -31,8 +31,8 @@ class LanguageData(lightning.LightningDataModule):
     """Text and chats as batches for a causal language model.
 
     A batch holds ``input_ids`` and ``labels`` [B, L], ``position_ids`` or ``attention_mask`` [B, L] where they are
-    needed, the counts ``tokens`` and ``loss_tokens``, and ``rows`` [B], the numbers of its rows in the split, unless that
-    is streamed. Labels stand at their own tokens; the loss shifts them.
+    needed, the counts ``tokens`` and ``loss_tokens``, and ``rows`` [B], the numbers of its rows in the split (a stream
+    has none). Labels stand at their own tokens; the loss shifts them.
 
     Args:
         section: the `data.*` keys.
