@@ -168,6 +168,17 @@ def test_first_and_last_layer_in_eight_bits() -> None:
     assert found["block.0.weight_quantizer"] == found["block.2.input_quantizer"] == "int4"
 
 
+def test_the_weights_of_an_end_in_eight_bits_learn_no_scale() -> None:
+    model = ConvNet()
+    prepare_modules(model, weight=LEARNED, first_last="int8")
+    ends = [layer.weight_quantizer.section for layer in (model.stem, model.fc)]
+    assert [(one.format, one.range) for one in ends] == [("int8", "dynamic")] * 2
+    assert model.block[0].weight_quantizer.section.range == "learned"
+    fewer = ConvNet()
+    prepare_modules(fewer, weight=LEARNED, first_last="int6")
+    assert fewer.stem.weight_quantizer.section.range == "learned"
+
+
 def test_with_pact_the_inputs_of_the_ends_are_quantized_too() -> None:
     model = ConvNet()
     prepare_modules(model, weight=INT4, pact=PACT, first_last="int8")
