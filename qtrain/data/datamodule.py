@@ -10,7 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from qtrain.data.collate import Collate, collate_packed, collate_padded
+from qtrain.data.collate import Batch, Collate, collate_packed, collate_padded
 from qtrain.data.config import DataSection
 from qtrain.data.encoding import Encoder, Tally
 from qtrain.data.loader import ResumableLoader, RowLoader
@@ -23,6 +23,7 @@ from qtrain.data.sources import SPLITS, locate_all
 from qtrain.data.stream import RowStream, StreamLoader
 from qtrain.data.summary import DataSummary
 from qtrain.errors import DataError
+from qtrain.modules.token_loss import ROWS
 
 STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("predict",)}
 
@@ -93,6 +94,11 @@ class LanguageData(lightning.LightningDataModule):
     def predict_dataloader(self) -> ResumableLoader:
         """The samples of ``data.predict`` in their order, one in a row, padded."""
         return self._loader("predict")
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Row numbers stay on the host: to read them back would be to wait for the GPU at each batch."""
+        moved: Batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        return {**moved, ROWS: batch[ROWS]} if ROWS in batch else moved
 
     def samples(self, split: str, tokens: int) -> list[Sample]:
         """The first samples of a split, so many that they hold ``tokens`` tokens, or all there are.

@@ -102,6 +102,11 @@ class CachedLogits:
     def __len__(self) -> int:
         return len(self._shard_of)
 
+    def __str__(self) -> str:
+        size = sum((self.directory / shard.file).stat().st_size for shard in self._shards)
+        logits = f"{self.top_k} of {self.vocab} logits for each token of {len(self)} rows"
+        return f"{logits}, {size / 2**20:.1f} MiB in {self.directory}"
+
     def rows(self, indices: Sequence[int], *, length: int | None = None) -> tuple[Tensor, Tensor]:
         """Token ids [B, L, k] int32 and log-probabilities [B, L, k] fp16 of the rows, likeliest first.
 

@@ -10,7 +10,7 @@ from qtrain.section import Section
 
 
 class LayerwiseSection(Section):
-    """`distill.layerwise.*`: each block learns to answer as its full-precision twin, before the training (ZeroQuant)."""
+    """`distill.layerwise.*`: each block learns to answer as its full-precision twin, before training (ZeroQuant)."""
 
     steps: int = Field(50, ge=1, description="optimizer steps for each block")
     lr: float = Field(1e-4, gt=0, description="learning rate of those")
@@ -34,13 +34,16 @@ class DistillSection(Section):
     ce_weight: float = Field(0.0, ge=0, le=1, description="share of the cross-entropy in the loss")
     jsd_beta: float = Field(0.5, description="teacher's share of the mixture that loss=jsd compares with")
     teacher_logits: Literal["online", "cached"] = Field(
-        "online", description="online runs the teacher beside the student; cached reads its top_k logits from files"
+        "online",
+        description="online runs the teacher beside the student; cached writes its top_k logits to files first",
     )
     top_k: int = Field(64, ge=1, description="logits a token that are cached; the others share one bucket")
     layerwise: LayerwiseSection | None = Field(
         None, description="blocks learn one by one from the teacher's before the training; works with loss=none too"
     )
-    cache_dir: str | None = Field(None, description="directory of the cached logits; default: RUN/teacher_logits")
+    cache_dir: str | None = Field(
+        None, description="directory of the cached logits, for several runs; default: RUN/teacher_logits"
+    )
 
     @field_validator("jsd_beta")
     @classmethod

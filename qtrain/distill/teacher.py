@@ -112,4 +112,9 @@ def teacher_model(
     """
     if section.teacher is None:
         return snapshot(model, dtype)
-    return load_model(base.model_copy(update={"path": section.teacher, "revision": None}), dtype)
+    return load_model(named_teacher(section, base), dtype)
+
+
+def named_teacher(section: DistillSection, base: ModelSection) -> ModelSection:
+    """The section of the model that ``distill.teacher`` names."""
+    return base.model_copy(update={"path": section.teacher, "revision": None})

@@ -70,7 +70,7 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
     )
     validated = config.data.validation is not None
     module.trainer = trainer
-    module.build(trainer.strategy.root_device)
+    module.build(trainer.strategy.root_device, data)
     assert module.model is not None
     # Only now that data and model are known to be good does an earlier run give way.
     if checkpoint is None:
@@ -79,6 +79,8 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
     write_json(run.result("data"), data.summary.to_dict())
     trainer.loggers = loggers(config, run.path, step)
     facts = [f"loss        {module.loss_path}", f"layers      {module.fused}", products(trainer)]
+    if module.cache is not None:
+        facts.append(f"teacher     {module.cache}")
     say([*module.method.lines(module.model), *facts], title="model")
     baselines: dict[str, float] = {}
     before: dict[str, float] = {}

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qtrain.config.schema import Config
+from qtrain.data.datamodule import LanguageData
 from qtrain.data.isolation import check_isolation
+from qtrain.distill.cached import CachedLogits
 from qtrain.distill.config import LayerwiseSection
 from qtrain.distill.divergence import Objective
 from qtrain.distill.layerwise import BlockError, distill_layerwise
 from qtrain.distill.teacher import Teacher, teacher_model
-from qtrain.distill.token_loss import choose_online
+from qtrain.distill.token_loss import choose_cached, choose_online
 from qtrain.methods.method import Context, Progress, build_method
 from qtrain.models.dtype import resolve_dtypes
 from qtrain.models.fingerprint import fingerprint
@@ -31,6 +33,7 @@ from qtrain.modules.head import head_factors
 from qtrain.modules.quantizers import full_precision, quantizers
 from qtrain.modules.token_loss import Loss, choose_loss
 from qtrain.training.optimizers import build_optimizer, build_schedule
+from qtrain.training.teacher_cache import cached_logits, training_rows, wants_cache
 
 
 class LanguageModule(L.LightningModule):
@@ -66,7 +69,9 @@ class LanguageModule(L.LightningModule):
         self._objective: Loss | None = None  # of the training: the loss, or the divergence from a teacher
         self._window: list[Tensor] = []  # (loss, tokens) of the micro-batches since the last step
         self._validation: list[Tensor] = []
+        self._cached = wants_cache(config)
         self._twin: Teacher | None = None
+        self.cache: CachedLogits | None = None
         self.block_errors: list[BlockError] = []
 
     @property
@@ -87,17 +92,33 @@ class LanguageModule(L.LightningModule):
         """Load, quantize, add what trains: once, on the device of the strategy."""
         if self.model is not None:
             return
-        device = self.trainer.strategy.root_device if self._trainer is not None else torch.device("cpu")
-        self.build(device)
+        if self._trainer is None:
+            self.build(torch.device("cpu"))
+            return
+        data = getattr(self.trainer, "datamodule", None)
+        self.build(self.trainer.strategy.root_device, data if isinstance(data, LanguageData) else None)
 
-    def build(self, device: torch.device) -> nn.Module:
-        """The prepared model on ``device``; also for use without a Trainer."""
+    def build(self, device: torch.device, data: LanguageData | None = None) -> nn.Module:
+        """The prepared model on ``device``; also for use without a Trainer.
+
+        Args:
+            data: what it will be trained on, where ``distill.teacher_logits=cached``.
+        """
         config = self.config
         storage, compute = resolve_dtypes(config.model.dtype, config.method.compute_dtype, device)
-        base = self._base if self._base is not None else load_model(config.model, storage)
-        self._base = None
+        handed_over, self._base = self._base, None
+        base = handed_over if handed_over is not None else load_model(config.model, storage)
         self.fused = fuse_layers(base, device, config.model.fused)
-        self._twin = self._teacher(base, compute, device)
+        section = config.distill
+        if section.layerwise is not None or (section.loss != "none" and not self._cached):
+            self._twin = self._teacher(base, compute, device)
+        if self._cached:
+            self.cache = cached_logits(
+                config,
+                training_rows(config, data, handed_over=handed_over is not None),
+                lambda: self._twin or self._teacher(base, compute, device),
+                world_size=self.trainer.world_size if self._trainer is not None else 1,
+            )
         L.seed_everything(config.run.seed, verbose=False)  # the adapters' start is the same however long loading took
         self.model = self.method.prepare(base, compute_dtype=compute, device=device, progress=self._progress)
         # Lightning keeps the mode that modules are in: loaded ones are in eval, without dropout and recomputation.
@@ -113,10 +134,12 @@ class LanguageModule(L.LightningModule):
         ):
             self._loss, self.loss_path = choose_loss(plain)
             self._objective = self._loss
-            section = config.distill
-            if self._twin is not None and section.loss != "none":
+            if section.loss != "none":
                 objective = Objective(section.loss, section.temperature, section.ce_weight, section.jsd_beta)
-                self._objective, self.loss_path = choose_online(plain, self._twin, objective, head_factors)
+                if self.cache is not None:
+                    self._objective, self.loss_path = choose_cached(plain, self.cache, objective, head_factors)
+                elif self._twin is not None:
+                    self._objective, self.loss_path = choose_online(plain, self._twin, objective, head_factors)
             if config.data.packing:
                 check_isolation(plain, int(plain.config.vocab_size))
         return self.model
@@ -155,14 +178,16 @@ class LanguageModule(L.LightningModule):
         )
         self.model.train()
 
-    def _teacher(self, base: PreTrainedModel, compute: torch.dtype, device: torch.device) -> Teacher | None:
-        """The full-precision twin on ``device``, where something learns from one."""
-        section = self.config.distill
-        if section.loss == "none" and section.layerwise is None:
-            return None
-        model = teacher_model(section, base, self.config.model, compute)
+    def _teacher(self, base: PreTrainedModel, compute: torch.dtype, device: torch.device) -> Teacher:
+        """The full-precision twin on ``device``."""
+        model = teacher_model(self.config.distill, base, self.config.model, compute)
         context = partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=compute == torch.bfloat16)
         return Teacher(model, context).to(device)
+
+    def on_fit_start(self) -> None:
+        """Let go of a teacher that only the blocks learned from."""
+        if self._cached or self.config.distill.loss == "none":
+            self._twin = None
 
     def forward(self, **inputs: Any) -> Any:
         """The transformers model's output."""

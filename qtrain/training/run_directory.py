@@ -49,6 +49,11 @@ class RunDirectory:
         """Generations during training."""
         return self.path / "samples.jsonl"
 
+    @property
+    def teacher_logits(self) -> Path:
+        """A teacher's cached logits; they stay when a new run takes the directory over, and serve it if they fit."""
+        return self.path / "teacher_logits"
+
     def result(self, verb: str) -> Path:
         """The figures of a verb."""
         return self.path / f"{verb}.json"

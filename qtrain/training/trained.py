@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qtrain.config.schema import Config
+from qtrain.distill.config import DistillSection
 from qtrain.evaluation.progress import progress_over
 from qtrain.models.dtype import resolve_dtypes
 from qtrain.models.load import load_model, load_tokenizer
@@ -47,7 +48,9 @@ def best_device() -> torch.device:
 
 def trained_module(config: Config, run: RunDirectory, device: torch.device) -> LanguageModule:
     """The run's model with its trained adapter, as the last training step left it, in eval mode."""
-    module = LanguageModule(config, progress=progress_over("quantizing"))
+    # What answers needs no teacher.
+    untaught = config.model_copy(update={"distill": DistillSection()})
+    module = LanguageModule(untaught, progress=progress_over("quantizing"))
     model = module.build(device)
     assert run.trained is not None  # verbs on a finished run look first
     module.method.restore(model, run.trained)
