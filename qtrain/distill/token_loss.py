@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -56,7 +57,7 @@ def choose_cached(
     def target(batch: Mapping[str, Tensor]) -> Target:
         ids = batch["input_ids"]
         found = cache.rows(batch[ROWS].tolist(), length=ids.shape[1])
-        return TopK(*(part[:, :-1].to(ids.device) for part in found))
+        return TopK(*(_on(ids.device, part[:, :-1]) for part in found))
 
     reason = not_a_product(student, head)
     if reason:
@@ -83,6 +84,11 @@ def _whole(student: PreTrainedModel, objective: Objective, target: Callable[[Map
         return logits_divergence(logits, wanted, batch["labels"][:, 1:], objective)
 
     return loss
+
+
+def _on(device: torch.device, part: Tensor) -> Tensor:
+    """A copy from pageable memory would wait until the GPU has done all its work."""
+    return part.contiguous().pin_memory().to(device, non_blocking=True) if device.type == "cuda" else part
 
 
 def _vocabulary(model: PreTrainedModel) -> int:
