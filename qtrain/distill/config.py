@@ -6,7 +6,10 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from qtrain.errors import ConfigError
 from qtrain.section import Section
+
+ONLINE = "distill.teacher_logits=online runs the teacher beside the student"
 
 
 class LayerwiseSection(Section):
@@ -62,6 +65,24 @@ class DistillSection(Section):
             keys = ", ".join(f"distill.{key}" for key in type(self).model_fields if key in asked)
             raise ValueError(f"{keys} without a loss to use it: distill.loss=forward_kl (or reverse_kl, jsd, none)")
         return self
+
+    @property
+    def cached(self) -> bool:
+        """Whether the training reads its teacher from files."""
+        return self.loss != "none" and self.teacher_logits == "cached"
+
+    def check_streaming(self, streaming: bool) -> None:
+        """Refuse training data that is a stream where its rows must have numbers.
+
+        Raises:
+            ConfigError: both keys.
+        """
+        if self.cached and streaming:
+            raise ConfigError(
+                "distill.teacher_logits=cached with data.streaming=true",
+                rule="cached logits are found by the number of a row, and the rows of a stream have none",
+                fix=f"data.streaming=false; {ONLINE}",
+            )
 
     @model_validator(mode="after")
     def _the_teacher_has_a_share(self) -> DistillSection:

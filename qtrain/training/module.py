@@ -33,7 +33,7 @@ from qtrain.modules.head import head_factors
 from qtrain.modules.quantizers import full_precision, quantizers
 from qtrain.modules.token_loss import Loss, choose_loss
 from qtrain.training.optimizers import build_optimizer, build_schedule
-from qtrain.training.teacher_cache import cached_logits, training_rows, wants_cache
+from qtrain.training.teacher_cache import cached_logits, training_rows
 
 
 class LanguageModule(L.LightningModule):
@@ -60,6 +60,7 @@ class LanguageModule(L.LightningModule):
         progress: Progress | None = None,
     ) -> None:
         super().__init__()
+        config.distill.check_streaming(config.data.streaming)
         self.config = config
         self.method = build_method(config.method)
         self.model: nn.Module | None = None
@@ -69,7 +70,6 @@ class LanguageModule(L.LightningModule):
         self._objective: Loss | None = None  # of the training: the loss, or the divergence from a teacher
         self._window: list[Tensor] = []  # (loss, tokens) of the micro-batches since the last step
         self._validation: list[Tensor] = []
-        self._cached = wants_cache(config)
         self._twin: Teacher | None = None
         self.cache: CachedLogits | None = None
         self.block_errors: list[BlockError] = []
@@ -110,9 +110,9 @@ class LanguageModule(L.LightningModule):
         base = handed_over if handed_over is not None else load_model(config.model, storage)
         self.fused = fuse_layers(base, device, config.model.fused)
         section = config.distill
-        if section.layerwise is not None or (section.loss != "none" and not self._cached):
+        if section.layerwise is not None or (section.loss != "none" and not section.cached):
             self._twin = self._teacher(base, compute, device)
-        if self._cached:
+        if section.cached:
             self.cache = cached_logits(
                 config,
                 training_rows(config, data, handed_over=handed_over is not None),
@@ -186,7 +186,7 @@ class LanguageModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Let go of a teacher that only the blocks learned from."""
-        if self._cached or self.config.distill.loss == "none":
+        if self.config.distill.cached or self.config.distill.loss == "none":
             self._twin = None
 
     def forward(self, **inputs: Any) -> Any:

@@ -13,6 +13,7 @@ from qtrain.config.schema import Config
 from qtrain.data.datamodule import LanguageData
 from qtrain.data.numbered_rows import NumberedRows
 from qtrain.distill.cached import MANIFEST, CachedLogits, CacheKey, read_record
+from qtrain.distill.config import ONLINE
 from qtrain.distill.teacher import Teacher, named_teacher
 from qtrain.distill.write_cache import UNFINISHED, write_cache
 from qtrain.errors import ConfigError, DataError
@@ -21,25 +22,8 @@ from qtrain.models.fingerprint import fingerprint
 from qtrain.models.source import find_model
 from qtrain.training.run_directory import RunDirectory
 
-ONLINE = "distill.teacher_logits=online runs the teacher beside the student"
 LEAST_BYTES = 4
 """Of a cached log-probability: fp16, and its token as uint16 where the vocabulary allows."""
-
-
-def wants_cache(config: Config) -> bool:
-    """Whether the training reads its teacher from files.
-
-    Raises:
-        ConfigError: the training data is a stream, whose rows have no numbers.
-    """
-    wanted = config.distill.loss != "none" and config.distill.teacher_logits == "cached"
-    if wanted and config.data.streaming:
-        raise ConfigError(
-            "distill.teacher_logits=cached with data.streaming=true",
-            rule="cached logits are found by the number of a row, and the rows of a stream have none",
-            fix=f"data.streaming=false; {ONLINE}",
-        )
-    return wanted
 
 
 def training_rows(config: Config, data: LanguageData | None, *, handed_over: bool) -> NumberedRows:

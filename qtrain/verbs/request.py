@@ -77,6 +77,10 @@ def _check_language_inputs(config: Config, splits: Sequence[str]) -> None:
     for split in splits:
         if getattr(data, split) is None and not (split == "validation" and "train" in splits):
             errors.append(QtrainError(f"data.{split} is not set", fix=f"data.{split}=FILE, a directory or a hub id"))
+    try:
+        config.distill.check_streaming("train" in splits and data.streaming)
+    except QtrainError as error:
+        errors.append(error)
     if errors:
         raise ErrorList(errors)
 
