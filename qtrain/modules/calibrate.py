@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from qtrain.errors import ModelError
 from qtrain.modules.quantizer import Quantizer
@@ -23,7 +25,8 @@ def to_calibrate(model: nn.Module) -> dict[str, Quantizer]:
 def calibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any], Any] | None = None) -> list[str]:
     """Run ``batches`` through ``model`` (evaluation mode, no gradients) and set the ranges of its activations.
 
-    Weights stay on their levels meanwhile; activations are looked at and handed through.
+    Weights stay on their levels meanwhile; activations are looked at and handed through. Batch normalizations that have
+    seen no batch yet take each batch's own statistics, as training will.
 
     Args:
         batches: mappings (keyword arguments), tuples (positional ones) or tensors, or whatever ``forward`` takes.
@@ -39,21 +42,16 @@ def calibrate(model: nn.Module, batches: Iterable[Any], forward: Callable[[Any],
     observed = to_calibrate(model)
     if not observed:
         return []
-    modes = {module: module.training for module in model.modules()}
     for quantizer in observed.values():
         quantizer.observe()
     try:
-        model.eval()
-        with torch.no_grad():
+        with _evaluation(model), torch.no_grad():
             for batch in batches:
                 _call(model, batch) if forward is None else forward(batch)
     except BaseException:
         for quantizer in observed.values():
             quantizer.observer = None
         raise
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     settle(observed)
     return list(observed)
 
@@ -91,6 +89,32 @@ def settle(observed: Mapping[str, Quantizer]) -> None:
             rule="a static or learned range is chosen from at least one batch that passes through",
             fix=f"batches that use these layers, or skip={[unseen[0].rpartition('.')[0]]!r}, or range=dynamic",
         )
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    # In evaluation mode a normalization that was never trained does nothing: PACT bounds that are chosen so clip a
+    # quarter of a fresh ResNet's activations once it trains. Without running statistics torch takes the batch's.
+    unused = [(norm, norm.running_mean, norm.running_var) for norm in _unused(model)]
+    try:
+        model.eval()
+        for norm, _, _ in unused:
+            norm.running_mean = norm.running_var = None
+        yield
+    finally:
+        for norm, mean, variance in unused:
+            norm.running_mean, norm.running_var = mean, variance
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _unused(model: nn.Module) -> Iterator[_BatchNorm]:
+    for norm in model.modules():
+        if not isinstance(norm, _BatchNorm) or norm.running_mean is None or norm.num_batches_tracked is None:
+            continue
+        if not norm.num_batches_tracked and not norm.running_mean.any():
+            yield norm
 
 
 def _from_data(quantizer: Quantizer) -> bool:

@@ -26,10 +26,14 @@ COLOURS = {
     "#050505": "var(--paper)",
 }
 INK, RULE, TRAIN, VALIDATION, PAPER = COLOURS
+BETWEEN = re.compile("#06([0-9a-f]{2})06")
+"""Stands in for so many per cent of the way from TRAIN to VALIDATION, in two hexadecimal digits."""
 STEPS = [1, 2, 2.5, 5, 10]
 """Ticks lie at round numbers."""
 WIDE, SMALL = (14.4, 3.9), (4.7, 2.75)
 """Inches of 72 units; the page shows a unit at about a pixel, so that text has its size on a phone too."""
+NAME, MOST_NAMES = 13, 40
+"""Units from one name beside a drawing to the next, and how many names a drawing may have."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,46 @@ def curves(
     return _finish(figure, axes, unit, name)
 
 
+def layer_curves(name: str, unit: str, layers: Mapping[str, Series], width: float = WIDE[0]) -> Markup:
+    """Values of each layer over optimizer steps, from the first layer's colour to the last one's; the axis begins at 0.
+
+    A wide drawing names each layer where its line ends, and is as high as its names need.
+    """
+    named = width == WIDE[0] and len(layers) <= MOST_NAMES
+    # A quarter more than the names take, or they would stand in a column as if all lines were as far from each other.
+    height = max(WIDE[1], (66 + 1.25 * NAME * len(layers)) / 72) if named else WIDE[1] if width == WIDE[0] else SMALL[1]
+    figure, axes = _canvas((width, height))
+    for at, series in enumerate(layers.values()):
+        steps, values = [step for step, _ in series], [value for _, value in series]
+        axes.plot(steps, values, color=_between(at, len(layers)), linewidth=1.5, solid_capstyle="round")
+    top = max((value for series in layers.values() for _, value in series), default=0) * 1.05 or 1
+    axes.set_ylim(0, top)
+    axes.set_xlabel("optimizer step", loc="right")
+    ends = {layer: series[-1][1] / top for layer, series in layers.items()} if named else {}
+    area = 72 * height - 66
+    for layer, place in _apart(ends, NAME / area).items():
+        colour = _between(list(layers).index(layer), len(layers))
+        axes.annotate(
+            layer,
+            (1, ends[layer]),
+            (22, area * (place - ends[layer])),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            color=colour,
+            fontsize=10,
+            va="center",
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "linewidth": 0.8,
+                "relpos": (0, 0.5),
+                "shrinkA": 0,
+                "shrinkB": 0,
+            },
+        )
+    return _finish(figure, axes, unit, name, right=30 + 5.6 * max(map(len, ends), default=-4))
+
+
 def histogram(name: str, edges: Sequence[float], counts: Sequence[float]) -> Markup:
     """Samples over their length in tokens."""
     figure, axes = _canvas(SMALL)
@@ -91,6 +135,21 @@ def heat_strips(
     axes.set_xlabel(across, loc="right")
     axes.set_ylim(-len(rows) + 0.5, 0.5)
     return _finish(figure, axes, unit, name, {-at: label for at, (label, _) in enumerate(rows)})
+
+
+def _between(at: int, count: int) -> str:
+    return f"#06{round(100 * at / max(1, count - 1)):02x}06"
+
+
+def _apart(places: Mapping[str, float], gap: float) -> dict[str, float]:
+    """Places from 0 to 1, moved as little as keeps them ``gap`` apart in their order; from above, then from below."""
+    order = sorted(places, key=places.__getitem__)
+    moved = dict(places)
+    for nearest, step in ((1 + gap, -gap), (-gap, gap)):
+        last = nearest
+        for name in reversed(order) if step < 0 else order:
+            moved[name] = last = min(moved[name], last + step) if step < 0 else max(moved[name], last + step)
+    return moved
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
@@ -120,11 +179,14 @@ def _canvas(size: tuple[float, float]) -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
-def _finish(figure: Figure, axes: Axes, unit: str, name: str, labels: Mapping[int, str] | None = None) -> Markup:
+def _finish(
+    figure: Figure, axes: Axes, unit: str, name: str, labels: Mapping[int, str] | None = None, right: float = 12
+) -> Markup:
     """Horizontal rules only, the unit where the axis begins, and the drawing as an element of the page.
 
     Args:
         labels: of places on the vertical axis, instead of round numbers and their rules.
+        right: units left free on that side.
     """
     width, height = (72 * inches for inches in figure.get_size_inches())
     axes.spines[["top", "left", "right"]].set_visible(False)
@@ -144,7 +206,7 @@ def _finish(figure: Figure, axes: Axes, unit: str, name: str, labels: Mapping[in
         axes.set_yticks(ticks, tick_labels([round(tick, 12) for tick in ticks]))
     # Units of the drawing, the same for each: axes that stand side by side share their lines.
     left = 14 + 6.2 * max(len(text.get_text()) for text in axes.get_yticklabels())
-    figure.subplots_adjust(left=left / width, right=1 - 12 / width, top=1 - 24 / height, bottom=42 / height)
+    figure.subplots_adjust(left=left / width, right=1 - right / width, top=1 - 24 / height, bottom=42 / height)
     figure.text(0, 1 - 10 / height, unit, fontsize=11, color=INK, va="center")
     text = io.StringIO()
     # Text stays text; the salt makes the ids of clip paths the same from one run to the next.
@@ -164,4 +226,7 @@ def _inline(svg: str, name: str) -> str:
     svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
     for stand_in, colour in COLOURS.items():
         svg = svg.replace(stand_in, colour)
+    svg = BETWEEN.sub(
+        lambda found: f"color-mix(in srgb, {COLOURS[VALIDATION]} {int(found[1], 16)}%, {COLOURS[TRAIN]})", svg
+    )
     return re.sub(r"\n\s*", "\n", svg).strip()

@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from qtrain.evaluation.recovery import AccuracyRecovery, Recovery, recovery_of
 from qtrain.report.figures import readable
-from qtrain.report.plots import SMALL, TRAIN, VALIDATION, WIDE, Curve, curves, heat_strips
+from qtrain.report.plots import SMALL, TRAIN, VALIDATION, WIDE, Curve, curves, heat_strips, layer_curves
 from qtrain.report.run_files import RunFiles, Series
 from qtrain.report.sections import Plot
 
@@ -29,27 +30,35 @@ class Quantization:
     """What the section shows.
 
     Attributes:
+        recovery: the table that the run ended with, and what its figures are.
         strips: SQNR by layer, wide.
-        plots: means over layers, and PACT's bounds.
+        bounds: PACT's, by layer, wide.
+        plots: means over layers.
         worst: the layers whose levels fit worst in the end, and their dB.
     """
 
+    recovery: Recovery | AccuracyRecovery | None
+
     strips: Plot | None
+    bounds: Plot | None
     plots: list[Plot]
     worst: list[tuple[str, str]]
 
 
 def quantization(run: RunFiles) -> Quantization | None:
-    """None where nothing was diagnosed."""
-    if not run.diagnostics:
+    """None where nothing was diagnosed, and full precision not compared with."""
+    recovery = recovery_of(run.fit)
+    if not run.diagnostics and not recovery:
         return None
     found = run.diagnostics
     sqnr = found.get("sqnr", {})
     last = sorted((series[-1][1], layer) for layer, series in sqnr.items())
     plots = [_shares(title, what, names, found) for title, (what, names) in SHARES.items()]
-    plots += [_drift(found.get("scale_drift", {})), _bounds(found.get("pact_alpha", {}))]
+    plots.append(_drift(found.get("scale_drift", {})))
     return Quantization(
+        recovery=recovery,
         strips=_strips(sqnr) if sqnr else None,
+        bounds=_bounds(found.get("pact_alpha", {})),
         plots=[plot for plot in plots if plot is not None],
         worst=[(layer, f"{readable(value)} dB") for value, layer in last[:3]],
     )
@@ -86,7 +95,13 @@ def _drift(scales: Mapping[str, Series]) -> Plot | None:
 def _bounds(alphas: Mapping[str, Series]) -> Plot | None:
     if not alphas:
         return None
-    return Plot("PACT's bounds", curves("pact alpha", "alpha", [Curve(one) for one in alphas.values()], zero=True))
+    places = [name.removesuffix(".quantizer") for name in alphas]
+    whole = places[0].partition(".")[0] + "."  # the module's attribute that holds the network
+    shared = len(whole) if all(place.startswith(whole) for place in places) else 0
+    layers = {place[shared:]: series for place, series in zip(places, alphas.values(), strict=True)}
+    wide, narrow = (layer_curves("pact alpha", "alpha", layers, width) for width in (WIDE[0], SMALL[0]))
+    keys = ["first layer", "last layer"] if len(layers) > 1 else []
+    return Plot("Where PACT clips, its trained bound", wide, narrow, keys)
 
 
 def _percent(values: list[float]) -> float:

@@ -46,7 +46,7 @@ def write_report(run_dir: Path) -> Path:
         answers=sections.answers(run),
         exports=sections.exports(run),
         export_columns=sections.EXPORT_COLUMNS,
-        figures=list(flat(run.fit)),
+        figures=list(flat({key: value for key, value in run.fit.items() if key != "recovery"})),  # it has a table
         config=list(sections.config_lines(run)),
     )
     path = run_dir / "report.html"

@@ -47,6 +47,23 @@ def test_modes_gradients_and_outputs_are_left_as_they_were() -> None:
     model(torch.randn(2, 4)).sum().backward()
 
 
+def test_a_normalization_that_was_never_trained_takes_the_statistics_of_the_batch() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+    prepare_modules(model, weight=INT8, activation=STATIC)
+    batch = 100 * torch.randn(64, 4)
+    calibrate(model, [batch])
+    norm, head = model[1], model[3]
+    assert isinstance(norm, nn.BatchNorm1d) and not norm.num_batches_tracked
+    assert norm.running_mean is not None and not norm.running_mean.any()
+    normalized = norm.train()(model[0](batch)).relu().max()
+    assert head.input_quantizer.scale.item() == pytest.approx(normalized.item() / 127, rel=0.01)
+    calibrate(model, [batch])  # it has running statistics now
+    evaluated = norm.eval()(model[0](batch)).relu().max()
+    assert evaluated > 2 * normalized
+    assert head.input_quantizer.scale.item() == pytest.approx(evaluated.item() / 127, rel=0.01)
+
+
 def test_batches_of_every_make() -> None:
     class Sum(nn.Module):
         def __init__(self) -> None:

@@ -1,12 +1,25 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qtrain.report.plots import COLOURS, VALIDATION, Curve, curves, heat_strips, histogram, smoothed, tick_labels
+from qtrain.report.plots import (
+    COLOURS,
+    SMALL,
+    VALIDATION,
+    Curve,
+    _apart,
+    curves,
+    heat_strips,
+    histogram,
+    layer_curves,
+    smoothed,
+    tick_labels,
+)
 
 POINTS = [(step, 3 - step / 50) for step in range(100)]
 
@@ -82,3 +95,25 @@ def test_strips_hold_a_cell_for_each_value_in_the_pages_colour(rows: list[list[f
     assert {f"row {at}" for at in range(len(rows))} | {"step", "layer"} <= set(texts(svg))
     assert svg.count("var(--train)") == sum(value == value for row in rows for value in row)
     assert not any(colour in svg for colour in COLOURS)
+
+
+def test_each_layer_has_a_line_from_the_first_colour_to_the_last_and_its_name() -> None:
+    layers = {f"layer{at}": [(step, 1.0 + 0.001 * at) for step in range(5)] for at in range(11)}
+    svg = layer_curves("bounds", "alpha", layers)
+    assert {*layers, "alpha", "0.0"} <= set(texts(svg))
+    for share in (0, 50, 100):
+        assert f"color-mix(in srgb, var(--validation) {share}%, var(--train))" in svg
+    assert "#06" not in svg
+    narrow = layer_curves("bounds", "alpha", layers, SMALL[0])
+    assert not set(layers) & set(texts(narrow)) and narrow.count("color-mix") >= 11
+
+
+@given(places=st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_names_beside_a_drawing_keep_their_order_and_their_distance(places: list[float]) -> None:
+    given_places = {str(at): place for at, place in enumerate(places)}
+    moved = _apart(given_places, 0.08)
+    order = sorted(given_places, key=given_places.__getitem__)
+    assert sorted(moved.values()) == [moved[name] for name in order]
+    assert all(b - a >= 0.08 - 1e-9 for a, b in pairwise(sorted(moved.values())))
+    assert all(-1e-9 <= place <= 1 + 1e-9 for place in moved.values())
+    assert _apart({"alone": 0.3, "far": 0.9}, 0.08) == {"alone": 0.3, "far": 0.9}
