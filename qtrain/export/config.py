@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from qtrain.numerics.spec import QuantSpec
 from qtrain.registry import Registry
 from qtrain.section import Section
+
+TrainedLayer = tuple[str, QuantSpec | None, QuantSpec | None]
+"""Name or pattern of linear layers, and what their weights and inputs are quantized to."""
 
 
 class ExportSection(Section):
@@ -22,11 +27,18 @@ class ExportSection(Section):
     format: str = Field("compressed-tensors", description="layout of the exported directory")
     dir: str | None = Field(None, description="where to; default: RUN/export/FORMAT")
     dtype: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="of tensors that stay unquantized: auto is as they were stored in training"
+        "auto", description="of tensors that stay unquantized: auto is as model.dtype was in training"
     )
     evaluate: bool = Field(True, description="measure KL, top-1 agreement and perplexity against the trained model")
     evaluate_windows: int = Field(16, ge=1, description="held-out text for that: so many times data.max_length tokens")
     max_shard_size: str = Field("1GB", description="largest file of weights; also bounds the memory of the export")
+
+    def check_trained(self, layers: Iterable[TrainedLayer]) -> None:
+        """Raise where layers that are trained on codes have no place in this format; before they are trained.
+
+        Raises:
+            ExportError: with the nearest specs that have one.
+        """
 
 
 FORMATS: Registry[type[ExportSection]] = Registry(

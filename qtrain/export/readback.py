@@ -1,4 +1,4 @@
-"""Read a packed directory back to codes and scales, with a reader of our own."""
+"""Read an exported directory back to codes and scales, with a reader of our own."""
 
 from __future__ import annotations
 
@@ -21,46 +21,55 @@ SPEC_NAMES: dict[torch.dtype, ScaleDtype] = {torch.float16: "fp16", torch.bfloat
 
 
 def read_records(directory: Path) -> Iterator[tuple[str, LinearRecord]]:
-    """Every quantized layer of a pack-quantized directory, by module name; one layer is read at a time.
+    """Every quantized layer of a pack-quantized or int-quantized directory, by module name; one is read at a time.
 
     Raises:
         ExportError: another layout, or tensors that contradict one another.
     """
     config = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("quantization_config", {})
-    if config.get("format") != "pack-quantized":
+    packed = config.get("format") == "pack-quantized"
+    if not packed and config.get("format") != "int-quantized":
         raise ExportError(
             f"quantization_config.format={config.get('format')!r}",
             where=str(directory),
-            rule="only pack-quantized compressed-tensors is read back",
+            rule="only pack-quantized and int-quantized compressed-tensors are read back",
         )
     schemes = {target: group["weights"] for group in config["config_groups"].values() for target in group["targets"]}
     with ExitStack() as stack:
-        where: dict[str, Any] = {}
+        files: dict[str, Any] = {}
         for path in sorted(directory.glob("*.safetensors")):
             file = stack.enter_context(safe_open(path, framework="pt"))
-            where.update(dict.fromkeys(file.keys(), file))
-        for key in where:
-            if key.endswith(".weight_packed"):
-                name = key.removesuffix(".weight_packed")
-                words, scale, shape = (
-                    where[f"{name}.{part}"].get_tensor(f"{name}.{part}")
-                    for part in ("weight_packed", "weight_scale", "weight_shape")
-                )
-                yield name, _record(name, words, scale, shape.tolist(), schemes.get(name) or schemes["Linear"])
+            files.update(dict.fromkeys(file.keys(), file))
+
+        def read(name: str, part: str) -> Tensor:
+            tensor: Tensor = files[f"{name}.{part}"].get_tensor(f"{name}.{part}")
+            return tensor
+
+        for key in files:
+            name, _, part = key.rpartition(".")
+            if part != "weight_scale":
+                continue
+            scheme = schemes.get(name) or schemes["Linear"]
+            if packed:
+                words, shape = read(name, "weight_packed"), read(name, "weight_shape")
+                codes = _unpacked(name, words, shape, scheme["num_bits"])
+            else:
+                codes = read(name, "weight")
+            yield name, _record(name, codes, read(name, part), scheme)
 
 
-def _record(name: str, words: Tensor, scale: Tensor, shape: list[int], scheme: dict[str, Any]) -> LinearRecord:
-    rows, columns = shape
-    size = scheme["group_size"] if scheme["strategy"] == "group" else None
-    bits = scheme["num_bits"]
-    expected = {"weight_packed": [rows, -(-columns * bits // 32)], "weight_scale": [rows, columns // (size or columns)]}
-    for part, tensor in (("weight_packed", words), ("weight_scale", scale)):
-        if list(tensor.shape) != expected[part]:
-            raise ExportError(
-                f"{part} of shape {list(tensor.shape)}",
-                where=name,
-                rule=f"a weight {shape} in {bits} bits with group_size={size} has {expected[part]}",
-            )
+def _unpacked(name: str, words: Tensor, shape: Tensor, bits: int) -> Tensor:
+    rows, columns = shape.tolist()
+    expected = [rows, -(-columns * bits // 32)]
+    _check_shape(name, "weight_packed", words, expected, f"[{rows}, {columns}] in {bits} bits")
+    return unpack(words, bits, columns)
+
+
+def _record(name: str, codes: Tensor, scale: Tensor, scheme: dict[str, Any]) -> LinearRecord:
+    rows, columns = codes.shape
+    size, bits = scheme["group_size"] if scheme["strategy"] == "group" else None, scheme["num_bits"]
+    whole = f"[{rows}, {columns}] with group_size={size}"
+    _check_shape(name, "weight_scale", scale, [rows, columns // (size or columns)], whole)
     spec = QuantSpec(
         format=f"int{bits}",
         granularity="per_group" if size else "per_channel",
@@ -68,4 +77,15 @@ def _record(name: str, words: Tensor, scale: Tensor, shape: list[int], scheme: d
         full_range=True,
         scale_dtype=SPEC_NAMES[scale.dtype],
     )
-    return LinearRecord(unpack(words, bits, columns), scale, None, spec)
+    if codes.dtype != torch.int8 or int(codes.min()) < spec.quant_min or int(codes.max()) > spec.quant_max:
+        raise ExportError(
+            f"codes from {int(codes.min())} to {int(codes.max())} in {codes.dtype}",
+            where=name,
+            rule=f"int{bits} codes in torch.int8 lie within {spec.quant_min} .. {spec.quant_max}",
+        )
+    return LinearRecord(codes, scale, None, spec)
+
+
+def _check_shape(name: str, part: str, tensor: Tensor, expected: list[int], weight: str) -> None:
+    if list(tensor.shape) != expected:
+        raise ExportError(f"{part} of shape {list(tensor.shape)}", where=name, rule=f"a weight {weight} has {expected}")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
 from qtrain.models.config import refuse_fp16
+from qtrain.numerics.spec import QuantSpec
 from qtrain.registry import Registry
 from qtrain.section import Section
 
@@ -21,6 +23,10 @@ class MethodSection(Section):
     compute_dtype: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="what products run in: auto is bf16 where the device has it, else fp32"
     )
+
+    def trained_layers(self) -> Iterator[tuple[str, QuantSpec | None, QuantSpec | None]]:
+        """Where linear layers get codes of their own: key or pattern, specs of weights and of inputs."""
+        yield from ()
 
     _fp16 = field_validator("compute_dtype", mode="before")(refuse_fp16)
 

@@ -73,6 +73,9 @@ class Method(ABC, Generic[Options]):
             base: merge into these weights, by their names, instead of the base that was trained on.
         """
 
+    def serve(self, model: nn.Module, exported: PreTrainedModel) -> None:
+        """Switch on in a loaded export what its consumer does by a run-time flag: no checkpoint holds it."""
+
     def calibrate(self, model: nn.Module, rows: Sequence[Tensor], context: Context, progress: Progress) -> None:
         """Find what the quantizers need to know of real text, once, before the training.
 

@@ -44,9 +44,13 @@ class DeployedModel:
         generation_config: written beside it, if there is one.
         tensors: a fresh iterator in checkpoint order; a tied lm_head is left out.
         dtype: of the tensors that stay unquantized.
+        trained_codes: formats write the codes of the training, or refuse; they quantize nothing themselves.
+        notes: what who runs the checkpoint must know and cannot read from it.
     """
 
     config: PretrainedConfig
     generation_config: GenerationConfig | None
     tensors: Callable[[], Iterator[DeployedTensor]]
     dtype: torch.dtype
+    trained_codes: bool = False
+    notes: tuple[str, ...] = ()

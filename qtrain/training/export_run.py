@@ -47,19 +47,20 @@ def export_run(config: Config, run: RunDirectory) -> dict[str, Any]:
     assert module.model is not None
     data = LanguageData(config.data, module.tokenizer, seed=config.run.seed)
     data.setup("fit")
-    facts = _facts(config, run)
+    facts = _facts(config, run, module.method.lines(module.model))
     write = resolve(options.implementation)
     if options.takes == "trained":
         if not isinstance(module.model, PeftModel):
             raise ExportError(
-                f"export.format={options.format} writes adapters, and method.name={config.method.name} trains none",
+                f"export.format={options.format} writes PEFT's adapters, and method.name={config.method.name} has none",
                 fix="export.format=compressed-tensors",
             )
         found: dict[str, Any] = write(module.model, directory, module.tokenizer, facts)
     else:
         storage, compute = resolve_dtypes(config.model.dtype, config.method.compute_dtype, device)
         base = getattr(options, "base", "dequantized")
-        deployed = _deployed(module, config, base)
+        deployed = _deployed(module, config, base, storage)
+        rows = 0 if deployed.trained_codes else getattr(options, "calibration_rows", 0)
         context = partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=compute == torch.bfloat16)
         found = write(
             deployed,
@@ -67,15 +68,16 @@ def export_run(config: Config, run: RunDirectory) -> dict[str, Any]:
             directory,
             tokenizer=module.tokenizer,
             facts=facts,
-            calibration=_calibration(module, data, 0 if config.method.name == "qat" else getattr(options, "calibration_rows", 0), context),
+            calibration=_calibration(module, data, rows, context),
             progress=progress_over("exporting"),
         )
         if options.evaluate:
             with context():
                 candidate = load_model(ModelSection(path=str(directory)), storage, device=device)
+                module.method.serve(module.model, candidate)
                 found |= _measure(module, candidate, data, config).to_dict()
                 del candidate
-                if hasattr(options, "base") and config.method.name == "qlora":
+                if hasattr(options, "base") and not deployed.trained_codes:
                     found["alternative"] = _alternative(module, config, data, storage, base)
             write_card(directory, facts | {"figures": _figures(found)}, found)
     found["directory"] = str(directory)
@@ -89,14 +91,12 @@ def export_run(config: Config, run: RunDirectory) -> dict[str, Any]:
     return found
 
 
-def _deployed(module: LanguageModule, config: Config, base: str) -> DeployedModel:
+def _deployed(module: LanguageModule, config: Config, base: str, storage: torch.dtype) -> DeployedModel:
     weights: Mapping[str, Tensor] | None = None
     if base == "original":
         weights = load_model(config.model, torch.float32).state_dict()
     assert module.model is not None
-    embeddings = module.method.plain_model(module.model).get_input_embeddings()
-    dtype = DTYPES.get(config.export.dtype, next(embeddings.parameters()).dtype)
-    return module.method.deployed(module.model, dtype=dtype, base=weights)
+    return module.method.deployed(module.model, dtype=DTYPES.get(config.export.dtype, storage), base=weights)
 
 
 def _calibration(module: LanguageModule, data: LanguageData, rows: int, context: Context) -> Calibration | None:
@@ -123,7 +123,7 @@ def _alternative(
     """The drift of merging into the other base: dequantized, which was trained on, or original."""
     other = "original" if base == "dequantized" else "dequantized"
     candidate = load_model(config.model, storage, device=best_device())
-    deployed = _deployed(module, config, other)
+    deployed = _deployed(module, config, other, storage)
     with torch.no_grad():
         parameters = dict(candidate.named_parameters())
         for tensor in deployed.tensors():
@@ -137,7 +137,7 @@ def _ids(sample: Sample) -> Tensor:
     return torch.tensor([sample.input_ids])
 
 
-def _facts(config: Config, run: RunDirectory) -> dict[str, Any]:
+def _facts(config: Config, run: RunDirectory, done: list[str]) -> dict[str, Any]:
     fit = json.loads(run.result("fit").read_text(encoding="utf-8")) if run.result("fit").exists() else {}
     shown = {
         "steps": fit.get("steps"),
@@ -147,13 +147,9 @@ def _facts(config: Config, run: RunDirectory) -> dict[str, Any]:
     return {
         "base_model": config.model.path,
         "recipe": config.recipe,
-        "method": f"{config.method.name}, " + ", ".join(f"{k}={v}" for k, v in _own_keys(config)),
+        "method": f"{config.method.name}: " + "; ".join(" ".join(line.split()) for line in done),
         "training": {name: f"{value:.4g}" for name, value in shown.items() if value is not None},
     }
-
-
-def _own_keys(config: Config) -> list[tuple[str, Any]]:
-    return [(k, v) for k, v in config.method.model_dump(exclude_defaults=True).items() if k != "name"]
 
 
 def _figures(found: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -71,6 +71,11 @@ def _check_language_inputs(config: Config, splits: Sequence[str]) -> None:
         find_model(config.model)
     except QtrainError as error:
         errors.append(error)
+    if "train" in splits:
+        try:
+            config.export.check_trained(config.method.trained_layers())
+        except QtrainError as error:
+            errors.append(error)
     data = config.data
     kept = {name: None for name in ("train", "validation", "test", "predict") if name not in splits}
     errors.extend(check_sources(data.model_copy(update=kept)))

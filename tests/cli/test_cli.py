@@ -12,7 +12,7 @@ import pytest
 
 import qtrain
 from qtrain.cli import main
-from qtrain.config.compose import recipe_names
+from qtrain.config.compose import load_recipe, recipe_names
 from qtrain.config.trainer_args import OWNED, trainer_arguments
 from qtrain.export.config import FORMATS
 from qtrain.methods.qlora.config import QLoraOptions
@@ -154,7 +154,7 @@ def test_recipes_lists_them_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes"]) == 0
     printed = capsys.readouterr().out
     rows = {line.split()[0]: line.split() for line in printed.splitlines() if line.strip()}
-    assert all(rows[name][1] == "qlora" for name in recipe_names())
+    assert all(rows[name][1] == load_recipe(name).method.name for name in recipe_names())
     assert "…" not in printed
     assert "faster than QLoRA where 16-bit weights fit" in " ".join(printed.split())
 

@@ -11,7 +11,9 @@ from qtrain.export.card import write_card
 
 PACKED: dict[str, Any] = {
     "format": "compressed-tensors",
+    "layout": "pack-quantized",
     "bits": 4,
+    "inputs": None,
     "bits_per_quantized_weight": 4.5,
     "quantized_layers": 210,
     "group_sizes": {"32": 210},
@@ -21,6 +23,7 @@ PACKED: dict[str, Any] = {
     "kept": [],
     "dtype": "bfloat16",
     "bytes": 123_400_000,
+    "notes": [],
 }
 
 
@@ -62,9 +65,22 @@ def test_a_path_of_this_machine_is_not_told(tmp_path: Path) -> None:
 
 
 def test_cards_of_the_other_formats_need_no_facts(tmp_path: Path) -> None:
-    head, body = card(tmp_path, {}, {"format": "adapter", "bytes": 10})
+    head, body = card(tmp_path, {}, {"format": "adapter", "bytes": 10, "notes": []})
     assert head["library_name"] == "peft"
     assert "PeftModel.from_pretrained" in body
-    _, body = card(tmp_path, {}, {"format": "merged", "base": "dequantized", "dtype": "bfloat16", "bytes": 10})
+    merged = {"format": "merged", "base": "dequantized", "dtype": "bfloat16", "bytes": 10, "notes": []}
+    _, body = card(tmp_path, {}, merged)
     assert "merged into the dequantized base" in body
     assert "compressed-tensors" not in body
+    _, body = card(tmp_path, {}, merged | {"base": "trained"})
+    assert "trained on quantized weights and stored on their levels" in body and "adapter" not in body
+
+
+def test_what_the_checkpoint_cannot_say_is_told(tmp_path: Path) -> None:
+    flag = "the KV cache was trained as int4: vllm serve --kv-cache-dtype int4_per_token_head"
+    trained = {"layout": "int-quantized", "inputs": "int8, one scale a token", "scales": "as trained", "notes": [flag]}
+    _, body = card(tmp_path, {}, PACKED | trained)
+    assert f"\n## To know\n\n- {flag}\n\n## Use\n" in body
+    assert "int4 weights and inputs in int8, one scale a token in the compressed-tensors layout `int-quantized`" in body
+    assert "| scales and codes | those of the last training step |" in body and "| rounding" not in body
+    assert "To know" not in card(tmp_path, {}, PACKED)[1]

@@ -18,8 +18,8 @@ from qtrain.export.compressed_tensors.config import CompressedTensorsOptions
 from qtrain.export.compressed_tensors.layer import quantize_linear
 from qtrain.export.compressed_tensors.write import write
 from qtrain.export.readback import read_records
-from qtrain.modules.record import LinearRecord
 from qtrain.modules.deployed import DeployedModel
+from qtrain.modules.record import LinearRecord
 from qtrain.ptq.activation_stats import Calibration
 from qtrain.ptq.gptq import output_error
 

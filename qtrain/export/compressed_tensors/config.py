@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from qtrain.export.config import ExportSection
+from qtrain.export.compressed_tensors.trained import check_layers
+from qtrain.export.config import ExportSection, TrainedLayer
 
 
 class CompressedTensorsOptions(ExportSection):
-    """Integer weights in 32-bit words (pack-quantized), read by transformers and vLLM."""
+    """Integer weights in 32-bit words (pack-quantized), read by transformers and vLLM.
+
+    What was trained on codes is written with those, whatever the keys say; beside int8 inputs weights are bytes
+    (int-quantized).
+    """
 
     implementation: ClassVar[str] = "qtrain.export.compressed_tensors.write:write"
 
@@ -26,6 +32,10 @@ class CompressedTensorsOptions(ExportSection):
     ignore: list[str] = Field(
         default_factory=list, description="layers that stay in 16 bits: names, or re:PATTERN; lm_head always does"
     )
+
+    def check_trained(self, layers: Iterable[TrainedLayer]) -> None:
+        """By ``qtrain.export.compressed_tensors.trained``."""
+        check_layers(layers)
 
     @field_validator("group_size")
     @classmethod

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from qtrain.errors import ExportError, ModelError
-from qtrain.modules.record import LinearRecord
 from qtrain.modules.deployed import DeployedTensor
+from qtrain.modules.record import LinearRecord
 from qtrain.numerics.affine import choose_qparams, quantize
 from qtrain.numerics.packing import pack
 from qtrain.numerics.ranges import search_qparams

@@ -10,6 +10,7 @@ from typing import Any
 
 from qtrain.errors import ExportError
 from qtrain.export.compressed_tensors.config import CompressedTensorsOptions
+from qtrain.export.compressed_tensors.trained import check_layers
 from qtrain.modules.deployed import DeployedTensor
 from qtrain.numerics.affine import largest_divisor
 from qtrain.numerics.spec import QuantSpec
@@ -53,17 +54,10 @@ def plan_layers(tensors: Iterable[DeployedTensor], options: CompressedTensorsOpt
     specs: dict[str, QuantSpec] = {}
     kept: list[str] = []
     fallbacks: dict[int, dict[str, Any]] = {}
-    activations: dict[str, QuantSpec | None] = {}
-    tensors = [tensor for tensor in tensors if tensor.linear]
-    trained = any(tensor.spec for tensor in tensors)
     for tensor in tensors:
-        name = module_name(tensor.name)
-        if trained:
-            if tensor.spec is None:
-                kept.append(name)
-            else:
-                specs[name], activations[name] = check_trained(name, tensor.spec, tensor.activation), tensor.activation
+        if not tensor.linear:
             continue
+        name = module_name(tensor.name)
         if any(_matches(name, pattern) for pattern in options.ignore):
             kept.append(name)
             continue
@@ -88,36 +82,20 @@ def plan_layers(tensors: Iterable[DeployedTensor], options: CompressedTensorsOpt
             rule="at least one linear layer is quantized",
             fix="export.format=merged writes unquantized weights",
         )
-    if len(set(activations.values())) > 1:
-        raise ExportError(
-            "layers differ in what their inputs were quantized to",
-            rule="one layout for all layers: weights alone in words, or weights and inputs in bytes",
-            fix="export.format=merged keeps the levels as 16-bit numbers",
-        )
-    return Plan(specs, kept, list(fallbacks.values()), next(iter(activations.values()), None))
+    return Plan(specs, kept, list(fallbacks.values()))
 
 
-def check_trained(name: str, spec: QuantSpec, activation: QuantSpec | None) -> QuantSpec:
-    """The spec of a layer that was trained with codes.
+def plan_trained(tensors: Iterable[DeployedTensor]) -> Plan:
+    """The specs that linear layers were trained with.
 
     Raises:
-        ExportError: this layout cannot hold them as they are.
+        ExportError: this layout cannot hold them, or there are none.
     """
-    packed = spec.format in ("int2", "int4", "int8") and spec.symmetric and not spec.mid_rise
-    rows = spec.granularity in ("per_channel", "per_group")
-    dynamic = activation is None or (
-        activation.format == "int8" and activation.symmetric and activation.granularity == "per_token"
-    )
-    if packed and rows and dynamic:
-        return spec
-    inputs = "" if activation is None else f", inputs {activation.format} {activation.granularity}"
-    kind = "symmetric" if spec.symmetric else "asymmetric"
-    raise ExportError(
-        f"trained as {spec.format} {kind} {spec.granularity}{inputs}",
-        where=name,
-        rule="this layout holds symmetric int4 and int8 weights by row or group, and int8 inputs by token",
-        fix="export.format=merged keeps the levels as 16-bit numbers",
-    )
+    layers = {module_name(tensor.name): tensor for tensor in tensors if tensor.linear}
+    check_layers((name, layer.spec, layer.activation) for name, layer in layers.items())
+    specs = {name: layer.spec for name, layer in layers.items() if layer.spec is not None}
+    kept = [name for name in layers if name not in specs]
+    return Plan(specs, kept, [], layers[next(iter(specs))].activation)
 
 
 def module_name(tensor_name: str) -> str:

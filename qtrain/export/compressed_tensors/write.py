@@ -1,4 +1,4 @@
-"""Write a model as pack-quantized compressed-tensors, a layer at a time."""
+"""Write a model as compressed-tensors, a layer at a time: packed weights, or weights in bytes beside int8 inputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qtrain.export.card import write_card
 from qtrain.export.companions import write_companions
 from qtrain.export.compressed_tensors.config import CompressedTensorsOptions
 from qtrain.export.compressed_tensors.layer import byte_tensors, packed_tensors, quantize_linear
-from qtrain.export.compressed_tensors.plan import Plan, module_name, plan_layers
+from qtrain.export.compressed_tensors.plan import Plan, module_name, plan_layers, plan_trained
 from qtrain.export.compressed_tensors.scheme import quantization_config
 from qtrain.export.shards import ShardWriter, parse_size
 from qtrain.export.writer import Progress
@@ -44,8 +44,8 @@ def write(
     """
     begin = time.monotonic()
     tensors = list(model.tensors())
-    plan = plan_layers(tensors, options)
-    trained = any(tensor.spec for tensor in tensors)
+    trained = model.trained_codes
+    plan = plan_trained(tensors) if trained else plan_layers(tensors, options)
     moments = iter(()) if trained else _input_moments(plan, options, calibration)
     quantized_bytes = quantized_weights = 0
     with atomic_directory(directory) as temporary:
@@ -68,7 +68,9 @@ def write(
         write_companions(model, temporary, tokenizer, layout)
         result = {
             "format": "compressed-tensors",
+            "layout": layout["format"],
             "bits": max(spec.bits for spec in plan.specs.values()),
+            "inputs": plan.activation and f"int{plan.activation.bits}, one scale a token",
             "bits_per_quantized_weight": round(8 * quantized_bytes / quantized_weights, 4),
             "bytes": shards.total_bytes,
             "quantized_layers": len(plan.specs),
@@ -79,7 +81,7 @@ def write(
             "rounding": "as trained" if trained else options.rounding if calibration else "nearest",
             "calibration_tokens": sum(ids.numel() for ids in calibration.rows) if calibration else 0,
             "dtype": str(model.dtype).removeprefix("torch."),
-            "notes": plan.notes() + ([] if trained else _notes(options, calibration)),
+            "notes": [*plan.notes(), *model.notes, *([] if trained else _notes(options, calibration))],
             "seconds": round(time.monotonic() - begin, 1),
         }
         write_card(temporary, facts, result)

@@ -45,9 +45,9 @@ def write(
         write_companions(model, temporary, tokenizer)
         result: dict[str, Any] = {
             "format": "merged",
-            "base": options.base,
+            "base": "trained" if model.trained_codes else options.base,
             "bytes": shards.total_bytes,
-            "notes": [],
+            "notes": list(model.notes),
             "dtype": str(model.dtype).removeprefix("torch."),
             "seconds": round(time.monotonic() - begin, 1),
         }

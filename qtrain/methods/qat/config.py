@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from qtrain.errors import ConfigError
 from qtrain.methods.config import MethodSection
 from qtrain.modules.config import QuantizerSection, WeightSection
 from qtrain.modules.kv.config import KVCacheSection
-from qtrain.numerics.spec import BITS, INTEGER_BITS
+from qtrain.modules.layer_options import section_of
+from qtrain.numerics.spec import BITS, INTEGER_BITS, QuantSpec
 from qtrain.registry import did_you_mean
 from qtrain.section import Section
+
+LAYER_KEYS = ("weight", "activation", "embedding")
+"""What a rule can say about a layer."""
 
 
 class AdapterSection(Section):
@@ -26,6 +32,7 @@ class QatOptions(MethodSection):
 
     implementation: ClassVar[str] = "qtrain.methods.qat.method:Qat"
 
+    name: str = Field("qat", description="what is quantized and what trains")
     weight: WeightSection | None = Field(
         default_factory=WeightSection, description="of every linear layer; null leaves weights as they are"
     )
@@ -50,6 +57,19 @@ class QatOptions(MethodSection):
         default_factory=dict, description="weight formats from a step on: {0: int8, 500: int6, 1000: int4}"
     )
 
+    @field_validator("rules")
+    @classmethod
+    def _known_options(cls, rules: dict[str, dict[str, Any]], info: ValidationInfo) -> dict[str, dict[str, Any]]:
+        for pattern, changes in rules.items():
+            for key in changes:
+                if key not in LAYER_KEYS:
+                    raise ValueError(f"{key!r} of {pattern!r} is no option of a layer; {did_you_mean(key, LAYER_KEYS)}")
+                try:
+                    section_of(changes[key], key, f"{pattern}: {key}", info.data.get(key))
+                except ConfigError as error:
+                    raise ValueError(f"{error.where}: {error.what}") from None
+        return rules
+
     @field_validator("first_last")
     @classmethod
     def _known_format(cls, name: str | None) -> str | None:
@@ -67,6 +87,17 @@ class QatOptions(MethodSection):
                 raise ValueError(f"{name!r}: bits are reduced among int8 .. int2; {did_you_mean(name, INTEGER_BITS)}")
         return schedule
 
+    def trained_layers(self) -> Iterator[tuple[str, QuantSpec | None, QuantSpec | None]]:
+        """In general, at the ends, and by each rule; whether a layer fits a rule is seen when there is a model."""
+        general = {"weight": self.weight, "activation": self.activation}
+        yield "method.weight", *_specs(general)
+        if self.first_last is not None:
+            changes = {key: {"format": self.first_last} for key, section in general.items() if section}
+            yield "method.first_last", *_specs(general, changes)
+        for pattern, changes in self.rules.items():
+            if changes.keys() & general.keys():
+                yield f"method.rules[{pattern!r}]", *_specs(general, changes)
+
     @model_validator(mode="after")
     def _something(self) -> QatOptions:
         if not any((self.weight, self.activation, self.kv_cache, self.embedding, self.rules)):
@@ -81,3 +112,18 @@ class QatOptions(MethodSection):
                     + (f"a later entry for {self.weight.format}" if self.weight else "set method.weight.format")
                 )
         return self
+
+
+def _specs(
+    general: Mapping[str, QuantizerSection | None], changes: Mapping[str, Any] | None = None
+) -> tuple[QuantSpec | None, QuantSpec | None]:
+    """Of weights and of inputs, with what a rule changes."""
+    found = {
+        key: section_of(changes[key], key, None, section) if changes and key in changes else section
+        for key, section in general.items()
+    }
+    weight, activation = found["weight"], found["activation"]
+    return (
+        None if weight is None else weight.spec(weight=True),
+        None if activation is None else activation.spec(weight=False),
+    )

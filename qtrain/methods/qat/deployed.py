@@ -44,16 +44,17 @@ def deployed_tensors(model: PreTrainedModel) -> Iterator[DeployedTensor]:
 def _quantized(key: str, module: QuantLinear | QuantEmbedding, is_head: bool) -> DeployedTensor:
     linear = isinstance(module, QuantLinear) and not is_head
     shape = tuple(module.weight.shape)
-    if not linear or not isinstance(module, QuantLinear) or module.weight_quantizer is None:
-        return DeployedTensor(key, shape, linear, partial(_on_levels, module))
+    if not linear or not isinstance(module, QuantLinear):
+        return DeployedTensor(key, shape, False, partial(_on_levels, module))
+    codes = module.weight_quantizer is not None
     return DeployedTensor(
         key,
         shape,
-        linear,
+        True,
         partial(_on_levels, module),
-        spec=module.weight_quantizer.spec,
-        record=partial(_record, module),
-        activation=None if module.input_quantizer is None else module.input_quantizer.spec,
+        spec=module.weight_quantizer.spec if module.weight_quantizer is not None else None,
+        record=partial(_record, module) if codes else None,
+        activation=module.input_quantizer.spec if module.input_quantizer is not None else None,
     )
 
 

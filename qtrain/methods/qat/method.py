@@ -14,15 +14,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qtrain.errors import ModelError
+from qtrain.errors import ExportError, ModelError
 from qtrain.files import atomic_directory, write_json
 from qtrain.methods.method import Context, Method, Progress
 from qtrain.methods.qat.config import QatOptions
 from qtrain.methods.qat.deployed import deployed_tensors
+from qtrain.methods.qat.serving import serving_notes
 from qtrain.modules.calibrate import calibrate
 from qtrain.modules.config import QuantizerSection
 from qtrain.modules.deployed import DeployedModel
-from qtrain.modules.kv.prepare import prepare_kv
+from qtrain.modules.kv.prepare import kv_quantizers, prepare_kv
 from qtrain.modules.prepare import Prepared, prepare_modules
 from qtrain.modules.quant_linear import QuantLinear
 from qtrain.modules.quantizers import full_precision, quantizers, round_to_nearest
@@ -163,14 +164,33 @@ class Qat(Method[QatOptions]):
     def deployed(
         self, model: nn.Module, *, dtype: torch.dtype, base: Mapping[str, torch.Tensor] | None = None
     ) -> DeployedModel:
-        """Each quantized layer with the codes of its last training step; ``base`` has no meaning here."""
+        """Each quantized layer with the codes of its last training step.
+
+        Raises:
+            ExportError: ``base`` is given; there is nothing to merge into it.
+        """
+        if base is not None:
+            raise ExportError(
+                "export.base=original merges an adapter into other weights, and method.name=qat trains the weights",
+                fix="leave export.base out",
+            )
         plain = self.plain_model(model)
         return DeployedModel(
             config=_plain_config(plain),
             generation_config=plain.generation_config,
             tensors=lambda: deployed_tensors(plain),
             dtype=dtype,
+            trained_codes=True,
+            notes=serving_notes(self.options),
         )
+
+    def serve(self, model: nn.Module, exported: PreTrainedModel) -> None:
+        """Keys and values on the levels of the training."""
+        if self.options.kv_cache is not None:
+            prepare_kv(exported, self.options.kv_cache)
+            trained = dict(kv_quantizers(self.plain_model(model)))
+            for name, quantizer in kv_quantizers(exported):
+                quantizer.load_state_dict(trained[name].state_dict())
 
     def lines(self, model: nn.Module) -> list[str]:
         """What is quantized to what, and what trains."""
