@@ -60,7 +60,9 @@ class DistillSection(Section):
 
     @model_validator(mode="after")
     def _a_loss_is_named(self) -> DistillSection:
-        asked = self.model_fields_set - {"loss", "layerwise", "teacher"}
+        asked = self.model_fields_set - {"loss", "layerwise"}
+        if self.layerwise is not None:
+            asked -= {"teacher"}  # the blocks have a use for it
         if asked and "loss" not in self.model_fields_set:
             keys = ", ".join(f"distill.{key}" for key in type(self).model_fields if key in asked)
             raise ValueError(f"{keys} without a loss to use it: distill.loss=forward_kl (or reverse_kl, jsd, none)")
