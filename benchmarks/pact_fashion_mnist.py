@@ -7,13 +7,15 @@ Every run: all 60,000 training images, the same schedule, fresh weights of the s
 images after the last step; nothing is chosen by it. Weights W: one trained scale an output channel (LSQ), at 2 bits on
 half-integer levels, which are DoReFa's of the paper. Activations A: PACT in place of each ReLU. The first and the last
 layer, which the paper leaves in full precision, have 8 bits here, their inputs too. Each run is a process of its own,
-``--jobs`` of them at a time. With --out, the course of PACT's bounds is drawn beside the table.
+``--jobs`` of them at a time: a step is a thousand small kernels, which leave a GPU idle. With --out, the course of
+PACT's bounds is drawn beside the table.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -44,6 +46,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=16, help="channels of the first stage")
     parser.add_argument("--pact-start", default="mse", help="calibrate of PACT's bounds: mse, min_max, percentile, ...")
     parser.add_argument("--from-fp32", action="store_true", help="quantized runs start from the weights of their twin")
+    parser.add_argument("--scale-lr", type=float, help="of scales and bounds; default: as the weights")
     parser.add_argument("--compile", help="mode of torch.compile, such as default or reduce-overhead")
     parser.add_argument("--limit", type=int, help="so many images in an epoch and in the test")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
@@ -84,7 +87,7 @@ def train(asked: argparse.Namespace, precision: str, seed: int, folder: Path) ->
     keys = {"path": asked.data} if asked.data else {}
     section = VisionDataSection(**keys, batch_size=asked.batch_size, validation_share=0)
     data = ImageData(section, seed=seed)
-    model = ResNet(20, asked.width).to(memory_format=torch.channels_last)
+    model = ResNet(20, asked.width)
     if asked.from_fp32 and precision != FP32:
         model.load_state_dict(load_file(folder / f"{FP32}-{seed}.safetensors"))
     if asked.compile:
@@ -94,7 +97,8 @@ def train(asked: argparse.Namespace, precision: str, seed: int, folder: Path) ->
     if precision != FP32:
         options = QUANTIZED[precision]
         weight, pact = options["weight"] | LEARNED_WEIGHT, options["pact"] | {"calibrate": asked.pact_start}
-        callbacks = [QuantizationAwareTraining(weight=weight, pact=pact, first_last="int8"), bounds]
+        quantized = QuantizationAwareTraining(weight=weight, pact=pact, first_last="int8", scale_lr=asked.scale_lr)
+        callbacks = [quantized, bounds]
     trainer = L.Trainer(
         max_epochs=asked.epochs,
         limit_train_batches=max(1, asked.limit // asked.batch_size) if asked.limit else None,
@@ -134,11 +138,14 @@ def run_all(asked: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     runs = [(precision, seed) for precision in asked.precisions for seed in asked.seeds]
     first = [run for run in runs if run[0] == FP32] if asked.from_fp32 else []
     found = []
+    # Torch takes all cores for each process unless it is told; here it is the GPU that computes.
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // asked.jobs))}
 
     def start(run: tuple[str, int]) -> dict[str, Any]:
         precision, seed = run
         one = json.dumps({"precision": precision, "seed": seed, "folder": str(folder)})
-        result = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--one", one], capture_output=True, text=True)
+        command = [sys.executable, __file__, *sys.argv[1:], "--one", one]
+        result = subprocess.run(command, capture_output=True, text=True, env=environment)
         if result.returncode:
             raise SystemExit(f"{precision}, seed {seed}:\n{result.stderr[-3000:]}")
         content: dict[str, Any] = json.loads((folder / f"{precision}-{seed}.json").read_text())
@@ -178,10 +185,11 @@ def table(asked: argparse.Namespace, found: list[dict[str, Any]], seconds: float
     pairs = zip(["", *sys.argv[1:]], sys.argv[1:], strict=False)
     words = " ".join(word for before, word in pairs if not {before, word} & {"--data", "--out"})
     products = "fp32" if found[0]["device"].startswith("CPU") else "fp32 weights, TF32 products"
+    own_lr = f" (scales and bounds {asked.scale_lr:g})" if asked.scale_lr else ""
     rows += [
         "",
         f"Width {asked.width}, {asked.epochs} epochs of {asked.limit or 60000:,} images, batch {asked.batch_size},",
-        f"SGD lr {asked.lr:g} along a cosine to 0, momentum 0.9 (Nesterov), weight decay {asked.weight_decay:g};",
+        f"SGD lr {asked.lr:g}{own_lr} along a cosine to 0, momentum 0.9 (Nesterov), weight decay {asked.weight_decay:g};",
         f"random crops of the image padded by 2 pixels and flips. Quantized runs start from {start}.",
         "First and last layer: 8 bits, weights and inputs (the paper: full precision); all else as the name says.",
         "Accuracy after the last step; no epoch, seed or setting was chosen by it.",
