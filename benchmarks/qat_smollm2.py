@@ -61,6 +61,7 @@ def start(name: str, model: str, tokens: str, test: str, overrides: list[str]) -
         ),
         *("optimizer.lr=2e-4", "method.scale_lr=5e-4", "trainer.max_steps=1600", "trainer.gradient_clip_val=1.0"),
         *SPECS[spec][1],
+        "export.format=merged",  # holds every spec
         *overrides,
         *((key.replace(";", ",") for key in own.split(",")) if own else []),
         *(f"run.dir={directory}", "run.overwrite=true", "run.keep=1"),

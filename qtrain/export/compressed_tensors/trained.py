@@ -24,6 +24,7 @@ def check_layers(layers: Iterable[TrainedLayer]) -> None:
         ExportError: with the nearest specs that have one.
     """
     activations: dict[QuantSpec | None, str] = {}
+    layers = list(layers)
     for where, weight, activation in layers:
         if changes := needed_changes(weight, activation):
             words = " ".join(f"method.{key}={value}" for key, value in changes.items())
@@ -35,7 +36,7 @@ def check_layers(layers: Iterable[TrainedLayer]) -> None:
             )
         if weight is not None:
             activations.setdefault(activation, where)
-    if not activations:
+    if layers and not activations:
         raise ExportError("no layer has integer weights", rule=RULE, fix=f"{MERGED}, or method.weight.format=int4")
     if len(activations) > 1:
         one, other = list(activations.items())[:2]
