@@ -28,7 +28,7 @@ from qtrain.modules.calibrate import start_weights
 from qtrain.report.write import write_report
 from qtrain.training.module import LanguageModule
 from qtrain.training.run_directory import RunDirectory
-from qtrain.training.tracking import close, log_artifacts, loggers
+from qtrain.training.tracking import close, log_artifacts, log_recovery, loggers
 from qtrain.training.trainer import (
     device_name,
     finished,
@@ -127,7 +127,7 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
         module.tokenizer.save_pretrained(trained)
         write_json(run.result("fit"), figures)
         write_report(run.path)
-        _log_recovery(trainer, figures["recovery"])
+        log_recovery(trainer.loggers, figures["recovery"], trainer.global_step)
         log_artifacts(config, trainer.loggers, {module.method.artifact: trained})
         close(trainer.loggers)
     return figures
@@ -184,10 +184,3 @@ def _recovery(baselines: dict[str, float], after: dict[str, float]) -> dict[str,
     if recovery.warning:
         say(f"warning: {recovery.warning}")
     return recovery.to_dict()
-
-
-def _log_recovery(trainer: L.Trainer, found: dict[str, float | None] | None) -> None:
-    for logger in trainer.loggers:
-        if found:
-            figures = {f"recovery/{key}": value for key, value in found.items() if value is not None}
-            logger.log_metrics(figures, step=trainer.global_step)

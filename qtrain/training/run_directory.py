@@ -93,5 +93,6 @@ class RunDirectory:
         """Let go of what an earlier run left; files of other programs stay."""
         for entry in (CHECKPOINTS, *ARTIFACTS, "export", "wandb"):
             shutil.rmtree(self.path / entry, ignore_errors=True)
-        for file in [*self.path.glob("*.json"), *self.path.glob("*.jsonl"), self.path / "metrics.csv"]:
+        tables = [self.path / name for name in ("metrics.csv", "diagnostics.csv")]
+        for file in [*self.path.glob("*.json"), *self.path.glob("*.jsonl"), *tables]:
             file.unlink(missing_ok=True)

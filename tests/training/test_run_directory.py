@@ -17,7 +17,7 @@ def earlier(tmp_path: Path) -> RunDirectory:
     for name in ("checkpoints/step-000002.ckpt", "checkpoints/step-000010.ckpt", "adapter/a", "export/merged/b"):
         (run.path / name).parent.mkdir(parents=True, exist_ok=True)
         (run.path / name).touch()
-    for name in ("config.yaml", "metrics.csv", "fit.json", "samples.jsonl", "notes.txt"):
+    for name in ("config.yaml", "metrics.csv", "diagnostics.csv", "fit.json", "samples.jsonl", "notes.txt"):
         (run.path / name).touch()
     return run
 
