@@ -72,6 +72,11 @@ class QuantizerSection(Section):
             self.known_bounds()
         if self.range == "pact" and (self.format in ("ternary", "binary") or self.format.startswith("fp8")):
             raise ValueError(f"range: pact clips integer formats, not {self.format}: format: int4")
+        if self.calibrate != "min_max" and self.range == "dynamic":
+            raise ValueError(
+                f"calibrate: {self.calibrate} with range: dynamic, the tensor's own extremes: range: learned or static, "
+                "or calibrate: min_max"
+            )
         if self.calibrate == "kl" and not self.symmetric:
             raise ValueError("calibrate: kl chooses one threshold for |x|: symmetric: true, or calibrate: mse")
         if self.calibrate not in ("min_max", "mse", "lsq") and self.format in ("binary", "ternary"):
@@ -120,6 +125,8 @@ class QuantizerSection(Section):
         kept = self.model_dump(exclude_unset=True)
         if "granularity" in changes and "group_size" not in changes:
             kept.pop("group_size", None)
+        if changes.get("range") == "dynamic" and "calibrate" not in changes:
+            kept.pop("calibrate", None)
         return type(self).model_validate(kept | changes)
 
 
