@@ -189,7 +189,8 @@ def table(asked: argparse.Namespace, found: list[dict[str, Any]], seconds: float
     rows += [
         "",
         f"Width {asked.width}, {asked.epochs} epochs of {asked.limit or 60000:,} images, batch {asked.batch_size},",
-        f"SGD lr {asked.lr:g}{own_lr} along a cosine to 0, momentum 0.9 (Nesterov), weight decay {asked.weight_decay:g};",
+        f"SGD lr {asked.lr:g}{own_lr} along a cosine to 0, momentum 0.9 (Nesterov), "
+        f"weight decay {asked.weight_decay:g};",
         f"random crops of the image padded by 2 pixels and flips. Quantized runs start from {start}.",
         "First and last layer: 8 bits, weights and inputs (the paper: full precision); all else as the name says.",
         "Accuracy after the last step; no epoch, seed or setting was chosen by it.",

@@ -91,7 +91,8 @@ def shown(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ",".join(shown(item) for item in value) + "]"
     if isinstance(value, BaseModel):
-        return "{" + ", ".join(f"{key}: {shown(its)}" for key, its in value.model_dump(exclude_unset=True).items()) + "}"
+        keys = value.model_dump(exclude_unset=True)
+        return "{" + ", ".join(f"{key}: {shown(its)}" for key, its in keys.items()) + "}"
     return "{}" if value == {} else str(value)
 
 

@@ -74,8 +74,8 @@ class QuantizerSection(Section):
             raise ValueError(f"range: pact clips integer formats, not {self.format}: format: int4")
         if self.calibrate != "min_max" and self.range == "dynamic":
             raise ValueError(
-                f"calibrate: {self.calibrate} with range: dynamic, the tensor's own extremes: range: learned or static, "
-                "or calibrate: min_max"
+                f"calibrate: {self.calibrate} with range: dynamic, the tensor's own extremes: range: learned or "
+                "static, or calibrate: min_max"
             )
         if self.calibrate == "kl" and not self.symmetric:
             raise ValueError("calibrate: kl chooses one threshold for |x|: symmetric: true, or calibrate: mse")

@@ -89,7 +89,7 @@ def round_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def round_zero_point(low: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
-    """z = round(-low / s) + quant_min, clamped to the codes' range, so that 0 is exactly a code; int8 [rows, groups]."""
+    """z = round(-low / s) + quant_min, clamped to the codes' range, so that 0 is a code; int8 [rows, groups]."""
     zero_point = (-low / scale.to(torch.float32)).round_().add_(spec.quant_min)
     return zero_point.clamp_(spec.quant_min, spec.quant_max).to(torch.int8)
 

@@ -108,7 +108,8 @@ class Learned(Rule):
     Liu 2025, arXiv 2502.02631; BiT, Liu 2022, arXiv 2205.13016).
 
     With u = x / s and n = q - z the level in units of s: dx = 1 inside, 0 outside; ds = n - u inside, n - offset / s
-    outside; d offset = 0 inside, 1 outside. ds and d offset are scaled by 1 / sqrt(N quant_max), N the numbers that share s.
+    outside; d offset = 0 inside, 1 outside. ds and d offset are scaled by 1 / sqrt(N quant_max), N the numbers that
+    share s.
     Inside is where u lies between the outermost levels; for SEQ (mid_rise, ternary) within 0.99 of the outermost
     cells' edges; for binary |u| <= 1, and ds = sign(x) everywhere.
     """

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qtrain.numerics.affine import QParams, choose_qparams, dequantize, grouped, quantize
 from qtrain.kernels.fake_quantize import fake_quantize
+from qtrain.numerics.affine import QParams, choose_qparams, dequantize, grouped, quantize
 from qtrain.numerics.rules import SEQ_EDGE, Dynamic, Learned, Pact, Rule, Static
 from qtrain.numerics.spec import QuantSpec
 
