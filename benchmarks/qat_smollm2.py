@@ -51,7 +51,6 @@ def start(name: str, model: str, tokens: str, test: str, overrides: list[str]) -
     directory.mkdir(parents=True, exist_ok=True)
     words = [
         *(f"model.path={model}", f"data.train={tokens}", f"data.validation={test}", "data.max_length=512"),
-        "export.format=merged",  # which holds any spec
         *("data.batch_size=16", "data.eval_batch_size=16", "trainer.limit_val_batches=4", "method.name=qat"),
         *(
             "distill.loss=forward_kl",

@@ -81,6 +81,8 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
     facts = [f"loss        {module.loss_path}", f"layers      {module.fused}", products(trainer)]
     if module.cache is not None:
         facts.append(f"teacher     {module.cache}")
+    if not validated and module.method.baselines(module.model):
+        facts.append("recovery    not measured; with data.validation it is: full precision, PTQ and QAT in a table")
     say([*module.method.lines(module.model), *facts], title="model")
     baselines: dict[str, float] = {}
     before: dict[str, float] = {}
