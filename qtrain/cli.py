@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pydantic_core import PydanticUndefined
-
 from qtrain import __version__
 from qtrain.config.compose import recipe_names
-from qtrain.config.problems import shown, type_name
-from qtrain.config.schema import TASKS, RunConfig
-from qtrain.config.trainer_args import OWNED, trainer_arguments
 from qtrain.console import err, fail, hush, listing, say
 from qtrain.errors import ConfigError, QtrainError
 from qtrain.registry import did_you_mean, resolve
-from qtrain.section import Section
+from qtrain.verbs.keys import print_keys
 from qtrain.verbs.request import check_inputs, read_request, require_run
 from qtrain.verbs.table import VERBS
 
@@ -46,7 +41,7 @@ def _dispatch(words: list[str]) -> int:
         raise ConfigError(f"{name!r} is no verb", rule=USAGE, fix=did_you_mean(name, VERBS.names()))
     verb = VERBS.get(name)
     if any(word in ("-h", "--help") for word in rest):
-        _keys(name, rest)
+        print_keys(name, rest)
         return 0
     if not verb.sections:
         if rest:
@@ -73,44 +68,3 @@ def _overview() -> None:
     listing("verbs", [(name, VERBS.get(name).help) for name in VERBS.names()])
     say(", ".join(recipe_names()), title="recipes")
     say("\nqtrain VERB --help lists the keys of a verb.")
-
-
-def _keys(name: str, words: list[str]) -> None:
-    verb = VERBS.get(name)
-    say(f"qtrain {name} [recipe=NAME|PATH] [section.key=value ...]\n{verb.help}")
-    chosen = [word.partition("=")[2] for word in words if word.startswith("task=")]
-    schema: type[RunConfig] = TASKS.get(chosen[-1] if chosen else verb.tasks[0])
-    classes: dict[str, list[type[Section]]] = {
-        section: [registry.get(entry) for entry in registry.names()] for section, (registry, _) in schema.tagged.items()
-    }
-    if len(verb.tasks) > 1:
-        task = schema.model_fields["task"]
-        others = ", ".join(f"task={other} --help" for other in verb.tasks if other != task.default)
-        say(
-            f"  task  {'|'.join(verb.tasks)} = {task.default}\n        {task.description}; other keys: {others}", "task"
-        )
-    for section in (name for name in verb.sections if name in schema.model_fields):
-        if section == "trainer":
-            names = sorted(trainer_arguments().keys() - OWNED.keys())
-            say("  " + ", ".join(names), title="trainer.*  (arguments of lightning.Trainer)")
-            continue
-        annotation = schema.model_fields[section].annotation
-        assert isinstance(annotation, type)
-        rows: dict[str, tuple[str, str, str]] = {}
-        for cls in classes.get(section, [annotation]):
-            for key, info in cls.model_fields.items():
-                default = info.get_default(call_default_factory=True)
-                text = "required" if default is PydanticUndefined else shown(default)
-                rows.setdefault(key, (type_name(info.annotation), text, info.description or ""))
-        _print_keys(section, rows)
-
-
-def _print_keys(section: str, rows: dict[str, tuple[str, str, str]]) -> None:
-    width = max(len(section) + 1 + len(key) for key in rows)
-    say(
-        (
-            f"  {section + '.' + key:<{width}}  {kind} = {default}\n  {'':<{width}}  {text}"
-            for key, (kind, default, text) in rows.items()
-        ),
-        title=section,
-    )

@@ -45,10 +45,13 @@ def _problem(key: str, field: str, model: type[BaseModel], detail: ErrorDetails)
         return ConfigError(f"{key} is no key of {section!r}", fix=hint)
     if not field:
         return ConfigError(f"{key}: {_own_words(detail)}")
-    if isinstance(detail["input"], BaseModel | dict) and section_of(model.model_fields[field]):
-        return ConfigError(f"{key}: {_own_words(detail)}", rule=model.model_fields[field].description)
-    info = model.model_fields[field]
-    value = detail["input"]
+    info, value = model.model_fields[field], detail["input"]
+    inner = section_of(info)
+    if inner is not None and isinstance(value, BaseModel | dict):
+        return ConfigError(f"{key}: {_own_words(detail)}", rule=info.description)
+    if inner is not None:
+        own = "format" if "format" in inner.model_fields else next(iter(inner.model_fields))
+        return ConfigError(f"{key}={value!r} is a section", rule=info.description, fix=f"{key}.{own}={shown(value)}")
     return ConfigError(
         f"{key}={value!r}: {_own_words(detail)}",
         rule=f"{type_name(info.annotation)}{_bounds(info)}: {info.description}",
@@ -79,6 +82,8 @@ def type_name(annotation: Any) -> str:
         return "mapping"
     if origin is tuple:
         return f"{len(arguments)} {type_name(arguments[0])}s"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "section"
     return {int: "whole number", float: "number", str: "text", bool: "true|false"}.get(annotation, "value")
 
 

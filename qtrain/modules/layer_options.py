@@ -144,9 +144,11 @@ def _check_pact(section: QuantizerSection | None, name: str) -> None:
 
 def _problems(error: ValidationError) -> Iterator[str]:
     for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"])
-        known = f" ({did_you_mean(key, QuantizerSection.model_fields)})" if problem["type"] == "extra_forbidden" else ""
-        yield f"{key}: {problem['msg']}{known}" if key else problem["msg"]
+        key, words = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            yield f"{key!r} is no key; {did_you_mean(key, QuantizerSection.model_fields)}"
+        else:
+            yield f"{key}={problem['input']!r}: {words}" if key else words
 
 
 def _check_rules(rules: Rules, kinds: Mapping[str, Kind]) -> None:

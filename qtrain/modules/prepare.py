@@ -178,7 +178,10 @@ def _quantize(model: nn.Module, name: str, layer: nn.Module, asked: Options) -> 
         model.set_submodule(name, activation.to(device))
         return
     weight = asked["embedding"] if isinstance(layer, nn.Embedding) else asked["weight"]
-    quantize_layer(layer, weight, asked.get("activation"))
+    try:
+        quantize_layer(layer, weight, asked.get("activation"))
+    except ModelError as error:
+        raise ModelError(error.what, where=error.where or name, rule=error.rule, fix=error.fix) from None
 
 
 def _notes(

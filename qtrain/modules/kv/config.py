@@ -7,6 +7,8 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from qtrain.modules.config import QuantizerSection
+from qtrain.numerics.spec import BITS
+from qtrain.registry import did_you_mean
 from qtrain.section import Section
 
 Site = Literal["post_rope", "pre_rope"]
@@ -23,6 +25,13 @@ class KVSide(Section):
     symmetric: bool | None = Field(None, description="zero is code 0; false keeps a zero point")
     full_range: bool | None = Field(None, description="use the code -2^(b-1) too")
     mid_rise: bool | None = Field(None, description="levels at half-integers, none at zero")
+
+    @field_validator("format")
+    @classmethod
+    def _known(cls, name: str | None) -> str | None:
+        if name is not None and name not in BITS:
+            raise ValueError(f"no such format; {did_you_mean(name, BITS)}")
+        return name
 
 
 class KVCacheSection(QuantizerSection):
