@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from qtrain.evaluation.recovery import recovery_of
 from qtrain.report.run_files import RunFiles
 
 BINARY_UNITS = ["B", "KiB", "MiB", "GiB", "TiB"]
@@ -98,6 +99,9 @@ def headlines(run: RunFiles) -> list[Headline]:
     first, last = _ends(run, "perplexity")
     if last is not None:
         found.append(Headline("held-out perplexity", readable(last), f"from {readable(first)}" if first else ""))
+    recovery = recovery_of(run.fit)
+    if recovery is not None and recovery.share is not None:
+        found.append(Headline("recovered by QAT", f"{recovery.share:.1%}".replace("-", "−"), "of what rounding lost"))
     for column, split, name in (("val", "validation", "held-out accuracy"), ("test", "test", "test accuracy")):
         if curve := run.metrics.get(f"{column}/accuracy"):
             images = run.data.get(split, {}).get("samples")

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from qtrain.errors import CheckpointError
 
 Series = list[tuple[int, float]]
@@ -39,6 +41,19 @@ class RunFiles:
     samples: list[dict[str, Any]]
     exports: dict[str, dict[str, Any]]
     diagnostics: dict[str, dict[str, Series]] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The content of config.yaml; empty where it holds no sections."""
+        content = yaml.safe_load(self.config) if self.config else None
+        return content if isinstance(content, dict) else {}
+
+    @property
+    def teacher(self) -> str | None:
+        """The divergence that the training loss is; None where it is that of the data's tokens."""
+        section = self.settings.get("distill")
+        loss = section.get("loss") if isinstance(section, dict) else None
+        return None if loss in (None, "none") else str(loss)
 
 
 def read_run(run_dir: Path) -> RunFiles:

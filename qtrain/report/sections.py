@@ -82,8 +82,11 @@ class Export:
 
 
 def loss_plot(run: RunFiles) -> Plot | None:
-    """Training and held-out loss."""
+    """Training and held-out loss; the training's alone where it is a divergence: the two share no axis then."""
     train, validation = run.metrics.get("train/loss"), run.metrics.get("val/loss")
+    if run.teacher is not None and train:
+        wide, narrow = (curves("loss", "nats a token", [Curve(train, smooth=True)], size) for size in (WIDE, SMALL))
+        return Plot(f"Training loss, {run.teacher.replace('_', ' ')} from the teacher", wide, narrow)
     lines = [Curve(train, smooth=True)] if train else []
     lines += [Curve(validation, VALIDATION, dots=True)] if validation else []
     if not lines:
@@ -95,7 +98,7 @@ def loss_plot(run: RunFiles) -> Plot | None:
 
 
 def small_plots(run: RunFiles) -> list[Plot]:
-    """Accuracy, learning rate, speed and memory."""
+    """Held-out figures, learning rate, speed and memory."""
     speed = ("Speed", "throughput/tokens_per_second", "tokens a second, without padding")
     if not run.metrics.get(speed[1]):
         speed = ("Speed", "throughput/samples_per_second", "samples a second")
@@ -105,11 +108,15 @@ def small_plots(run: RunFiles) -> list[Plot]:
         speed,
         ("Peak memory", "throughput/peak_gib", "GiB"),
     ]
-    return [
+    plots = [
         Plot(title, curves(title.lower(), unit, [Curve(run.metrics[name])], zero=True))
         for title, name, unit in wanted
         if run.metrics.get(name)
     ]
+    if run.teacher is None or not run.metrics.get("train/loss") or not run.metrics.get("val/loss"):
+        return plots
+    held_out = curves("held-out loss", "nats a token", [Curve(run.metrics["val/loss"], VALIDATION, dots=True)])
+    return [Plot("Held-out loss", held_out), *plots]
 
 
 def data_splits(run: RunFiles) -> list[Split]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -37,7 +37,7 @@ def write_report(run_dir: Path) -> Path:
     page = environment.get_template("report.html").render(
         css=Markup(resources.files("qtrain.report").joinpath("report.css").read_text(encoding="utf-8")),
         name=run.name,
-        subtitle=_subtitle(run.config),
+        subtitle=_subtitle(run.settings),
         headlines=headlines(run),
         loss=sections.loss_plot(run),
         plots=sections.small_plots(run),
@@ -54,13 +54,12 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
-def _subtitle(config: str) -> list[str]:
+def _subtitle(settings: Mapping[str, Any]) -> list[str]:
     """Method, model and recipe, as far as the config names them."""
-    content: Any = yaml.safe_load(config) if config else {}
     found = []
     for section, key in (("method", "name"), ("model", "path")):
-        value = content.get(section) if isinstance(content, dict) else None
+        value = settings.get(section)
         if isinstance(value, dict) and value.get(key):
             found.append(str(value[key]))
-    recipe = content.get("recipe") if isinstance(content, dict) else None
+    recipe = settings.get("recipe")
     return [*found, f"recipe {recipe}"] if recipe else found
