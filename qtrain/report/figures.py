@@ -92,16 +92,17 @@ def flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
 def headlines(run: RunFiles) -> list[Headline]:
     """The figures one asks for first, as far as the run has them."""
     found = []
+    recovery = recovery_of(run.fit)
+    recovered = None if recovery is None else recovery.share
     first, last = _ends(run, "loss")
-    if last is not None:
+    if last is not None and recovered is None:
         change = f"from {readable(first)}, {(last - first) / first:+.1%}".replace("-", "−") if first else ""
         found.append(Headline("held-out loss", readable(last), change))
     first, last = _ends(run, "perplexity")
     if last is not None:
         found.append(Headline("held-out perplexity", readable(last), f"from {readable(first)}" if first else ""))
-    recovery = recovery_of(run.fit)
-    if recovery is not None and recovery.share is not None:
-        found.append(Headline("recovered by QAT", f"{recovery.share:.1%}".replace("-", "−"), "of what rounding lost"))
+    if recovered is not None:
+        found.append(Headline("recovered by QAT", f"{recovered:.1%}".replace("-", "−"), "of what rounding lost"))
     for column, split, name in (("val", "validation", "held-out accuracy"), ("test", "test", "test accuracy")):
         if curve := run.metrics.get(f"{column}/accuracy"):
             images = run.data.get(split, {}).get("samples")

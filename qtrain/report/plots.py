@@ -169,7 +169,9 @@ def tick_labels(values: Sequence[float]) -> list[str]:
     exponent = math.floor(math.log10(largest)) if largest else 0
     power = exponent if not -3 <= exponent < 6 else 0
     shown = [value / 10.0**power for value in values]
-    decimals = max((len(f"{value:.4g}".partition(".")[2]) for value in shown), default=0)
+    # As many digits as tell them apart: a loss between 6.2510 and 6.2530 has ticks at 6.2515.
+    digits = next((n for n in range(4, 12) if len({f"{value:.{n}g}" for value in shown}) == len(set(shown))), 12)
+    decimals = max((len(f"{value:.{digits}g}".partition(".")[2]) for value in shown), default=0)
     scale = f" × 10{superscript(power)}" if power else ""
     return [f"{value:,.{decimals}f}{scale}" if value or not power else "0" for value in shown]
 

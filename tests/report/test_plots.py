@@ -81,6 +81,7 @@ def test_ticks_agree_in_their_decimals() -> None:
     assert tick_labels([0, 20_000]) == ["0", "20,000"]
     assert tick_labels([0, 1e6, 2e6]) == ["0", "1 × 10⁶", "2 × 10⁶"]
     assert tick_labels([0]) == ["0"]
+    assert tick_labels([6.251, 6.2515, 6.252]) == ["6.2510", "6.2515", "6.2520"]
     assert tick_labels([]) == []
 
 
