@@ -377,7 +377,7 @@ def test_learned_ranges_that_no_optimizer_has_are_an_error(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("keys", [{"weight": {"fromat": "int4"}}, {"kv_cache": {"share": "per_row"}}])
 def test_mistakes_are_told_at_once(keys: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="weight: fromat|kv_cache: share"):
+    with pytest.raises(ConfigError, match="weight: 'fromat' is no key; did you mean 'format'|kv_cache: share"):
         QuantizationAwareTraining(**keys)
 
 
