@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from qtrain.distill.blocks import Call, decoder_blocks, watch
+from qtrain.modules.blocks import Call, decoder_blocks, watch
 from qtrain.distill.eval_mode import eval_mode
 from qtrain.errors import DataError, ModelError
 

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from qtrain.numerics.affine import QParams, dequantize
 from qtrain.numerics.spec import QuantSpec
+
+
+class Outliers(NamedTuple):
+    """The few weights that stay in 16 bits beside the codes (SpQR, Dettmers 2023, arXiv 2306.03078).
+
+    Attributes:
+        index: int32 [n], positions in the flattened weight, rising.
+        value: [n] in the spec's scale_dtype; takes the place of what the codes say.
+    """
+
+    index: Tensor
+    value: Tensor
 
 
 @dataclass(frozen=True)
@@ -20,12 +33,14 @@ class LinearRecord:
         scale: [out, groups] in the spec's scale_dtype.
         zero_point: None where the spec is symmetric.
         spec: what the codes mean.
+        outliers: weights that the codes do not hold.
     """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None
     spec: QuantSpec
+    outliers: Outliers | None = None
 
     @property
     def qparams(self) -> QParams:
@@ -34,4 +49,7 @@ class LinearRecord:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [out, in] that a consumer running in ``dtype`` computes with, bit for bit."""
-        return dequantize(self.codes, self.qparams, self.spec, dtype)
+        weight = dequantize(self.codes, self.qparams, self.spec, dtype)
+        if self.outliers is not None:
+            weight.view(-1)[self.outliers.index.long()] = self.outliers.value.to(dtype)
+        return weight

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from qtrain.distill import blocks as blocks_module
-from qtrain.distill.blocks import decoder_blocks, watch
+from qtrain.modules.blocks import decoder_blocks, watch
 from qtrain.distill.layerwise import distill_layerwise
 from qtrain.errors import DataError, ModelError
 

@@ -1,0 +1,92 @@
+"""`method.init` and the keys of each starting point."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from qtrain.section import Section
+
+
+class StartSection(Section):
+    """Options of one starting point."""
+
+    implementation: ClassVar[str]
+    """``package.module:attribute`` of the Start subclass, imported when it runs."""
+    needs_text: ClassVar[bool] = False
+    """Whether it looks at what flows into the layers."""
+
+
+class RtnSection(StartSection):
+    """Each group's extremes, each weight to its nearest code."""
+
+    implementation: ClassVar[str] = "qtrain.ptq.rtn:Rtn"
+
+
+class MseSection(StartSection):
+    """The range with the least squared error, each weight to its nearest code."""
+
+    implementation: ClassVar[str] = "qtrain.ptq.mse:Mse"
+
+
+class HqqSection(StartSection):
+    """Half-quadratic quantization: zero points that leave a sparse error; no text (Badri and Shaji 2023)."""
+
+    implementation: ClassVar[str] = "qtrain.ptq.hqq:Hqq"
+
+    steps: int = Field(20, ge=1, description="alternations of shrinkage and zero point")
+    p: float = Field(0.7, gt=0, le=1, description="norm of the error that is made small; below 1 it favours outliers")
+
+
+class AwqSection(StartSection):
+    """Input channels that carry large numbers get larger weights before rounding (Lin 2023, arXiv 2306.00978)."""
+
+    implementation: ClassVar[str] = "qtrain.ptq.awq:Awq"
+    needs_text: ClassVar[bool] = True
+
+    grid: int = Field(20, ge=1, description="exponents tried, from 0 up to 1")
+    clip: bool = Field(True, description="search each group's range too")
+
+
+class GptqSection(StartSection):
+    """Rounding with error feedback over correlated inputs (Frantar 2022, arXiv 2210.17323)."""
+
+    implementation: ClassVar[str] = "qtrain.ptq.gptq:Gptq"
+    needs_text: ClassVar[bool] = True
+
+    damping: float = Field(0.01, gt=0, description="added to the Hessian's diagonal, as a share of its mean")
+    order: Literal["activation", "given"] = Field(
+        "activation", description="columns with the largest inputs first; scales stay by position, so g_idx is plain"
+    )
+    scales: Literal["mse", "absmax"] = Field("mse", description="least weighted squared error, or each group's extremes")
+
+
+class SmoothQuantSection(StartSection):
+    """Outliers of the inputs move into the weights (Xiao 2022, arXiv 2211.10438)."""
+
+    implementation: ClassVar[str] = "qtrain.ptq.smoothquant:SmoothQuant"
+    needs_text: ClassVar[bool] = True
+
+    alpha: float = Field(0.5, ge=0, le=1, description="share of the difficulty that moves: s = max|X|^a / max|W|^(1-a)")
+
+
+class SpqrSection(StartSection):
+    """A few sensitive weights stay in 16 bits, the rest by GPTQ (Dettmers 2023, arXiv 2306.03078)."""
+
+    implementation: ClassVar[str] = "qtrain.ptq.spqr:Spqr"
+    needs_text: ClassVar[bool] = True
+
+    outliers: float = Field(0.01, gt=0, lt=0.5, description="share of the weights that stay in 16 bits")
+    damping: float = Field(0.01, gt=0, description="added to the Hessian's diagonal, as a share of its mean")
+
+
+STARTS: dict[str, type[StartSection]] = {
+    "rtn": RtnSection,
+    "mse": MseSection,
+    "hqq": HqqSection,
+    "awq": AwqSection,
+    "gptq": GptqSection,
+    "smoothquant": SmoothQuantSection,
+    "spqr": SpqrSection,
+}
