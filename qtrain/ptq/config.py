@@ -81,6 +81,26 @@ class SpqrSection(StartSection):
     damping: float = Field(0.01, gt=0, description="added to the Hessian's diagonal, as a share of its mean")
 
 
+class BlockApSection(StartSection):
+    """Weights, scales and zero points of one block after the other learn what the full-precision block gives:
+    Block-AP, the first half of EfficientQAT (Chen 2024, arXiv 2407.11062).
+
+    Not one layer at a time as the others, so what runs is a function over the whole model.
+    """
+
+    implementation: ClassVar[str] = "qtrain.ptq.block_ap:block_ap"
+    needs_text: ClassVar[bool] = True
+
+    rows: int = Field(4096, ge=1, description="rows of training text; the paper's have 2048 tokens")
+    epochs: int = Field(2, ge=1, description="passes of each block over them")
+    batch_size: int = Field(2, ge=1, description="rows in a step")
+    weight_lr: float | None = Field(None, gt=0, description="of Adam for weights; default: 2e-5 at 2 bits, else 1e-5")
+    range_lr: float = Field(1e-4, gt=0, description="of Adam for scales and zero points")
+    validation: float = Field(
+        0.05, ge=0, lt=1, description="share of the rows on which a block's error is measured; it does not train on them"
+    )
+
+
 STARTS: dict[str, type[StartSection]] = {
     "rtn": RtnSection,
     "mse": MseSection,
@@ -89,4 +109,5 @@ STARTS: dict[str, type[StartSection]] = {
     "gptq": GptqSection,
     "smoothquant": SmoothQuantSection,
     "spqr": SpqrSection,
+    "block_ap": BlockApSection,
 }
