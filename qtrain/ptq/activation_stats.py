@@ -99,7 +99,7 @@ def _means(
     try:
         for name in names:
             handles.append(_module(model, name).register_forward_pre_hook(observe(name)))
-        with _inference(model), context():
+        with inference(model), context():
             # The decoder alone where no head is asked for: logits of 4 x 512 tokens over 49k words would be 0.4 GB and
             # a fifth of the time.
             decoder = getattr(model, "base_model", model)
@@ -128,9 +128,13 @@ def _module(model: nn.Module, name: str) -> Any:
 
 
 @contextmanager
-def _inference(model: nn.Module) -> Iterator[None]:
-    """No gradients, no dropout, no TF32 in sums of squares; what was set before comes back."""
-    training, precision = model.training, torch.get_float32_matmul_precision()
+def inference(model: nn.Module) -> Iterator[None]:
+    """No gradients, no dropout, no TF32 in sums of squares; what was set before comes back, module by module.
+
+    A module that came into the model meanwhile gets the model's mode.
+    """
+    training, modes = model.training, {module: module.training for module in model.modules()}
+    precision = torch.get_float32_matmul_precision()
     model.eval()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -138,4 +142,5 @@ def _inference(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         torch.set_float32_matmul_precision(precision)
-        model.train(training)
+        for module in model.modules():
+            module.training = modes.get(module, training)

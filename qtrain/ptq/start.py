@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Generic, Literal, TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from qtrain.modules.record import LinearRecord
 from qtrain.numerics.spec import QuantSpec
@@ -35,7 +34,7 @@ class Inputs:
 
 
 class Start(ABC, Generic[Options]):
-    """A starting point: one layer's weight in, its record out.
+    """A starting point: one layer's weight in, its record out. Some balance each block first: ``balance.Balancing``.
 
     Args:
         options: its section of the config.
@@ -46,16 +45,6 @@ class Start(ABC, Generic[Options]):
 
     def __init__(self, options: Options) -> None:
         self.options = options
-
-    def balance(
-        self, model: nn.Module, block: nn.Module, layers: Mapping[str, nn.Linear], inputs: Mapping[str, Inputs]
-    ) -> None:
-        """Rewrite the block in place, its function unchanged, before its layers are quantized one by one.
-
-        Args:
-            layers: of the block that will be quantized, by their full names.
-            inputs: of each.
-        """
 
     @abstractmethod
     def quantize(self, weight: Tensor, spec: QuantSpec, inputs: Inputs) -> LinearRecord:
