@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +11,8 @@ from qtrain.numerics.affine import QParams, dequantize
 from qtrain.numerics.spec import QuantSpec
 
 
-class Outliers(NamedTuple):
+@dataclass(frozen=True)
+class Outliers:
     """The few weights that stay in 16 bits beside the codes (SpQR, Dettmers 2023, arXiv 2306.03078).
 
     Attributes:

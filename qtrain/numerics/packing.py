@@ -7,24 +7,29 @@ from torch import Tensor
 
 from qtrain.errors import ConfigError
 
-PACKED_BITS = (2, 4, 8)
+PACKED_BITS = tuple(range(2, 9))
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Codes int8 [out, in] to words int32 [out, ceil(in * bits / 32)].
 
-    u = q + 2^(b-1) is unsigned; the first code of a word takes its lowest bits; what is left of the last word is 0.
+    u = q + 2^(b-1) is unsigned; a row is one stream of bits, u_k in bits [k b, (k + 1) b), lowest first, the rest of
+    the last word 0: 3, 5, 6 and 7 bits straddle words, as compressed-tensors and GPTQ have it for 3.
     Bytes are laid out as a little-endian machine (all that torch has wheels for) reads them into words.
     """
     _check(bits)
-    rows, columns = codes.shape
+    columns = codes.shape[1]
     unsigned = (codes.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
-    unsigned = torch.nn.functional.pad(unsigned, (0, -columns % (32 // bits)))
-    per_byte = 8 // bits
-    packed = unsigned[:, ::per_byte].clone(memory_format=torch.contiguous_format)
-    for position in range(1, per_byte):
-        packed |= unsigned[:, position::per_byte] << (position * bits)
-    words: Tensor = packed.view(torch.int32)
+    if 8 % bits:
+        packed = _pack_eights(unsigned, bits)
+        packed = torch.nn.functional.pad(packed, (0, words_of(columns, bits) * 4 - packed.shape[1]))
+    else:
+        unsigned = torch.nn.functional.pad(unsigned, (0, -columns % (32 // bits)))
+        per_byte = 8 // bits
+        packed = unsigned[:, ::per_byte].clone(memory_format=torch.contiguous_format)
+        for position in range(1, per_byte):
+            packed |= unsigned[:, position::per_byte] << (position * bits)
+    words: Tensor = packed.flatten().view(torch.int32).view(len(codes), words_of(columns, bits))
     return words
 
 
@@ -32,9 +37,40 @@ def unpack(words: Tensor, bits: int, columns: int) -> Tensor:
     """Words int32 [out, words] to codes int8 [out, columns]: the inverse of ``pack``."""
     _check(bits)
     packed = words.contiguous().view(torch.uint8)
-    parts = [(packed >> (position * bits)) & ((1 << bits) - 1) for position in range(8 // bits)]
-    unsigned = torch.stack(parts, dim=-1).reshape(words.shape[0], -1)[:, :columns]
-    return (unsigned.to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
+    if 8 % bits:
+        unsigned = _unpack_eights(packed, bits)
+    else:
+        parts = [(packed >> (position * bits)) & ((1 << bits) - 1) for position in range(8 // bits)]
+        unsigned = torch.stack(parts, dim=-1).flatten(1)
+    half = -128 if bits == 8 else 1 << (bits - 1)  # int8 holds no 128, and wraps: less -128 is less 128
+    return unsigned[:, :columns].contiguous().view(torch.int8) - half
+
+
+def words_of(columns: int, bits: int) -> int:
+    """Words that a row of ``columns`` codes takes."""
+    return -(-columns * bits // 32)
+
+
+def _pack_eights(unsigned: Tensor, bits: int) -> Tensor:
+    """Eight codes of ``bits`` bits to ``bits`` bytes; what the padding of the last eight adds is cut off."""
+    columns = unsigned.shape[1]
+    eights = torch.nn.functional.pad(unsigned, (0, -columns % 8)).unflatten(1, (-1, 8)).to(torch.int64)
+    stream = torch.zeros_like(eights[..., 0])
+    for k in range(8):
+        stream |= eights[..., k] << (k * bits)
+    taken = stream.unsqueeze(-1).view(torch.uint8)[..., :bits].flatten(1)
+    return taken[:, : words_of(columns, bits) * 4]
+
+
+def _unpack_eights(packed: Tensor, bits: int) -> Tensor:
+    packed = torch.nn.functional.pad(packed, (0, -packed.shape[1] % bits)).unflatten(1, (-1, bits))
+    if bits == 3:  # 24 bits fit an int32: half the memory traffic of what the others take
+        low, middle, high = packed.to(torch.int32).unbind(-1)
+        stream = low | (middle << 8) | (high << 16)
+    else:
+        stream = torch.nn.functional.pad(packed, (0, 8 - bits)).view(torch.int64).squeeze(-1)
+    parts = [((stream >> (k * bits)) & ((1 << bits) - 1)).to(torch.uint8) for k in range(8)]
+    return torch.stack(parts, dim=-1).flatten(1)
 
 
 def _check(bits: int) -> None:

@@ -1,0 +1,144 @@
+"""y = x W^T + b with W in packed integers: unpacked for the product, and again for its backward, never kept."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qtrain.numerics.affine import QParams, dequantize, round_scale
+from qtrain.numerics.packing import unpack
+from qtrain.numerics.spec import QuantSpec
+
+CHUNK_BYTES = 64 * 2**20
+"""Of the weight's gradient, fp32, that is there at a time while it is summed into the scales' gradients."""
+
+
+class Packed(NamedTuple):
+    """What does not train.
+
+    Attributes:
+        words: int32 [out, words] of codes.
+        columns: in.
+        spec: what the codes mean.
+        outlier_index: int32 [n], flattened positions of weights that are kept in 16 bits, or None.
+        outlier_value: [n], those.
+    """
+
+    words: Tensor
+    columns: int
+    spec: QuantSpec
+    outlier_index: Tensor | None = None
+    outlier_value: Tensor | None = None
+
+
+def packed_weight(packed: Packed, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """W [out, in] = (q - z) s as a consumer that runs in ``dtype`` computes it; scale and z rounded as stored."""
+    codes = unpack(packed.words, packed.spec.bits, packed.columns)
+    qparams = QParams(round_scale(scale, packed.spec), _stored(zero_point, packed.spec))
+    weight = dequantize(codes, qparams, packed.spec, torch.float32 if dtype == torch.float64 else dtype).to(dtype)
+    if packed.outlier_index is not None and packed.outlier_value is not None:
+        weight.view(-1)[packed.outlier_index.long()] = packed.outlier_value.to(dtype)
+    return weight
+
+
+def packed_linear(
+    x: Tensor, packed: Packed, scale: Tensor, zero_point: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """Linear layer over packed integers; gradients reach x, scale and a zero point that is a float.
+
+    With G = dY^T X: dL/ds[o, g] = sum_{k in g} G[o, k] (q[o, k] - z[o, g]) and dL/dz[o, g] = -s sum_{k in g} G[o, k],
+    straight through the rounding of s and z as stored (Kim 2023, arXiv 2305.14152; Chen 2024, arXiv 2407.11062). One
+    scale a row needs no G: dL/ds[o] = sum_t dY[t, o] Y[t, o] / s[o]. Saved for the backward: X, or Y where it does.
+
+    Args:
+        x: [.., in]. scale: [out, groups]. bias: [out].
+        zero_point: int8 [out, groups], or fp32 of the same shape where it trains.
+    """
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        x = x.to(torch.get_autocast_dtype(kind))
+    with torch.autocast(kind, enabled=False):
+        own_bias = None if bias is None else bias.to(x.dtype)
+        y: Tensor = _Product.apply(x, scale, zero_point, packed, own_bias)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, packed: Packed, bias: Tensor | None
+    ) -> Tensor:
+        y = F.linear(x, packed_weight(packed, scale, zero_point, x.dtype), bias)
+        _, trains_scale, trains_zero, _, _ = ctx.needs_input_grad
+        from_outputs = scale.shape[1] == 1 and not trains_zero and packed.outlier_index is None
+        kept = None if not (trains_scale or trains_zero) else y if from_outputs else x
+        ctx.save_for_backward(kept, scale, zero_point, bias)
+        ctx.packed, ctx.from_outputs = packed, from_outputs
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        kept, scale, zero_point, bias = ctx.saved_tensors
+        dx = dscale = dzero = None
+        if ctx.needs_input_grad[0]:
+            dx = dy @ packed_weight(ctx.packed, scale, zero_point, dy.dtype)
+        if kept is not None and ctx.from_outputs:
+            dscale = _from_outputs(dy.flatten(0, -2), kept.flatten(0, -2), bias, round_scale(scale, ctx.packed.spec))
+        elif kept is not None:
+            rows = dy.flatten(0, -2), kept.flatten(0, -2)
+            dscale, dzero = _from_weight_gradient(*rows, ctx.packed, scale, zero_point, ctx.needs_input_grad[2])
+        dbias = dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[4] else None
+        return dx, dscale, dzero, None, dbias
+
+
+def _from_outputs(dy: Tensor, y: Tensor, bias: Tensor | None, scale: Tensor) -> Tensor:
+    """sum_t dY Y / s [out, 1], Y before the bias, a share of the tokens at a time."""
+    exact = torch.promote_types(dy.dtype, torch.float32)
+    total = torch.zeros(dy.shape[1], dtype=exact, device=dy.device)
+    step = max(1, CHUNK_BYTES // (8 * max(1, dy.shape[1])))
+    for grads, outputs in zip(dy.split(step), y.split(step), strict=True):
+        before = outputs.to(exact) if bias is None else outputs.to(exact) - bias.to(exact)
+        total += (grads.to(exact) * before).sum(0)
+    return (total.unsqueeze(1) / scale.to(exact)).to(torch.float32)
+
+
+def _from_weight_gradient(
+    dy: Tensor, x: Tensor, packed: Packed, scale: Tensor, zero_point: Tensor | None, trains_zero: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Both gradients [out, groups] from G = dY^T X, some rows of G at a time."""
+    spec, (out, groups) = packed.spec, scale.shape
+    exact = torch.promote_types(dy.dtype, torch.float32)
+    dscale = torch.empty(out, groups, device=dy.device)
+    dzero = torch.empty_like(dscale) if trains_zero else None
+    stored = _stored(zero_point, spec)
+    rows = max(1, CHUNK_BYTES // (4 * packed.columns))
+    for first in range(0, out, rows):
+        part = slice(first, first + rows)
+        gradient = (dy[:, part].t() @ x).to(exact)
+        if packed.outlier_index is not None:
+            _clear(gradient, packed.outlier_index, first * packed.columns)
+        gradient = gradient.view(len(gradient), groups, -1)
+        levels = unpack(packed.words[part], spec.bits, packed.columns).view(gradient.shape).to(exact)
+        if stored is not None:
+            levels -= stored[part].unsqueeze(-1)
+        elif spec.mid_rise:
+            levels += 0.5
+        dscale[part] = (gradient * levels).sum(-1)
+        if dzero is not None:
+            dzero[part] = -gradient.sum(-1) * round_scale(scale[part], spec).to(exact)
+    return dscale, dzero
+
+
+def _clear(gradient: Tensor, index: Tensor, first: int) -> None:
+    """Zero where an outlier stands: the scales have no part in it."""
+    own = index[(index >= first) & (index < first + gradient.numel())].long() - first
+    gradient.view(-1)[own] = 0
+
+
+def _stored(zero_point: Tensor | None, spec: QuantSpec) -> Tensor | None:
+    if zero_point is None or zero_point.dtype == torch.int8:
+        return zero_point
+    return zero_point.detach().round().clamp(spec.quant_min, spec.quant_max).to(torch.int8)

@@ -1,0 +1,150 @@
+"""A linear layer that holds its weight as packed integers: what PEQA trains the scales of, and adapters sit on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from qtrain.errors import ModelError
+from qtrain.kernels.packed_linear import Packed, packed_linear, packed_weight
+from qtrain.modules.config import QuantizerSection
+from qtrain.modules.quantizer import Quantizer
+from qtrain.modules.record import LinearRecord, Outliers
+from qtrain.numerics.affine import SCALE_DTYPES, round_scale
+from qtrain.numerics.packing import PACKED_BITS, pack, unpack
+from qtrain.numerics.spec import QuantSpec
+
+
+class PackedLinear(nn.Linear):
+    """y = fq(x) ((q - z) s)^T + b: q and z frozen in ``spec.bits`` bits each, s in 16 bits, or in fp32 where it trains.
+
+    Made by ``from_record``. As bitsandbytes' layers are, it is an ``nn.Linear`` whose ``weight`` is the packed tensor.
+
+    Attributes:
+        weight: int32 [out, in * bits / 32].
+        scale: [out, groups].
+        zero_point: int32 words of all zero points in a row, or None where the spec is symmetric.
+        zero: fp32 [out, groups] where zero points train, else None.
+        outlier_index, outlier_value: weights that the codes do not hold, or None.
+        input_quantizer: None leaves inputs as they are.
+    """
+
+    spec: QuantSpec
+    scale: nn.Parameter
+    zero: nn.Parameter | None
+    zero_point: Tensor | None
+    outlier_index: Tensor | None
+    outlier_value: Tensor | None
+    input_quantizer: Quantizer | None
+
+    @classmethod
+    def from_record(
+        cls, record: LinearRecord, bias: Tensor | None = None, activation: QuantizerSection | None = None
+    ) -> Self:
+        """A layer with these codes, on their device; all of it frozen.
+
+        Raises:
+            ModelError: codes that no word holds (binary, fp8).
+        """
+        spec = record.spec
+        if spec.is_float or spec.bits not in PACKED_BITS:
+            raise ModelError(
+                f"{spec.format} codes in a packed layer",
+                rule="packed weights are int2 .. int8 or ternary",
+                fix="method.weight.format=int4",
+            )
+        out, columns = record.codes.shape
+        layer = cls(columns, out, bias is not None, device="meta")
+        layer.spec = spec
+        layer.weight = nn.Parameter(pack(record.codes, spec.bits), requires_grad=False)
+        layer.scale = nn.Parameter(record.scale.to(SCALE_DTYPES[spec.scale_dtype]).contiguous(), requires_grad=False)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        zero_point = None if record.zero_point is None else pack(record.zero_point.reshape(1, -1), spec.bits)
+        layer.register_buffer("zero_point", zero_point)
+        layer.register_parameter("zero", None)
+        layer.register_buffer("outlier_index", None if record.outliers is None else record.outliers.index)
+        layer.register_buffer("outlier_value", None if record.outliers is None else record.outliers.value)
+        layer.input_quantizer = None if activation is None else Quantizer(activation).to(record.codes.device)
+        return layer
+
+    def train_ranges(self, *, zero_points: bool = False) -> None:
+        """Let the scales train, in fp32 (in bf16 an update below 0.4 % is lost); zero points too if asked."""
+        self.scale = nn.Parameter(self.scale.detach().to(torch.float32))
+        if zero_points and self.zero_point is not None:
+            points = self._zero_points()
+            assert points is not None
+            self.zero = nn.Parameter(points.to(torch.float32))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """y [.., out] of x [.., in]."""
+        if self.input_quantizer is not None:
+            if torch.is_autocast_enabled(input.device.type):  # levels of the dtype that is multiplied
+                input = input.to(torch.get_autocast_dtype(input.device.type))
+            input = self.input_quantizer(input)
+        return packed_linear(input, self.packed, self.scale, self._zero_points(), self.bias)
+
+    @property
+    def packed(self) -> Packed:
+        """What does not train."""
+        return Packed(self.weight, self.in_features, self.spec, self.outlier_index, self.outlier_value)
+
+    def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """W [out, in] as the product in ``dtype`` sees it."""
+        return packed_weight(self.packed, self.scale.detach(), self._zero_points(), dtype)
+
+    @torch.no_grad()
+    def record(self) -> LinearRecord:
+        """Codes, and scales and zero points as they are stored by now."""
+        codes = unpack(self.weight, self.spec.bits, self.in_features)
+        outliers = None
+        if self.outlier_index is not None and self.outlier_value is not None:
+            outliers = Outliers(self.outlier_index, self.outlier_value)
+        return LinearRecord(codes, self.stored_scale(), self.stored_zero_point(), self.spec, outliers)
+
+    @torch.no_grad()
+    def stored_scale(self) -> Tensor:
+        """The scale [out, groups] that is multiplied, in the spec's scale_dtype."""
+        return round_scale(self.scale.detach(), self.spec)
+
+    @torch.no_grad()
+    def stored_zero_point(self) -> Tensor | None:
+        """The zero point [out, groups] that is subtracted, int8, or None."""
+        points = self._zero_points()
+        if points is None or points.dtype == torch.int8:
+            return points
+        return points.round().clamp(self.spec.quant_min, self.spec.quant_max).to(torch.int8)
+
+    def stored_bytes(self) -> int:
+        """Bytes of this layer in a checkpoint: words, 16-bit scales, zero points, outliers, bias."""
+        parts = [self.weight, self.zero_point, self.outlier_index, self.outlier_value, self.bias]
+        ranges = self.scale.numel() * SCALE_DTYPES[self.spec.scale_dtype].itemsize
+        return ranges + sum(part.nbytes for part in parts if part is not None)
+
+    def extra_repr(self) -> str:
+        """Widths and the spec."""
+        spec = self.spec
+        size = f"({spec.group_size})" if spec.group_size else ""
+        kind = "symmetric" if spec.symmetric else "asymmetric"
+        return f"{self.in_features}, {self.out_features}, {spec.format} {kind} {spec.granularity}{size}"
+
+    def _zero_points(self) -> Tensor | None:
+        if self.zero is not None:
+            return self.zero
+        if self.zero_point is None:
+            return None
+        return unpack(self.zero_point, self.spec.bits, self.scale.numel()).view(self.scale.shape)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move as asked, but keep the dtype of ranges and outliers: they are rounded as they are stored."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            own = any(tensor is part for part in (self.scale, self.zero, self.outlier_value))
+            return moved if moved.dtype == tensor.dtype or not own else tensor.to(moved.device)
+
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        return self
