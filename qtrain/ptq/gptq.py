@@ -1,82 +1,98 @@
-"""Rounding with error feedback: what one column loses, the columns after it make up for (GPTQ)."""
+"""GPTQ: codes by error feedback over correlated inputs, on scales that stay where they are."""
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from qtrain.errors import ModelError
-from qtrain.numerics.affine import QParams, dequantize, quantize
+from qtrain.modules.record import LinearRecord
+from qtrain.numerics.affine import QParams, choose_qparams, dequantize, quantize
+from qtrain.numerics.ranges import search_qparams
 from qtrain.numerics.spec import QuantSpec
+from qtrain.ptq.config import GptqSection
+from qtrain.ptq.feedback import ErrorFeedback, Order, checked_hessian, hessian_of, row_errors
+from qtrain.ptq.rtn import nearest
+from qtrain.ptq.scale_refit import refit_scales
+from qtrain.ptq.start import Inputs, Start, Statistic
+
+
+class Gptq(Start[GptqSection]):
+    """Ranges by a search weighted with diag H (or absmax), codes by feedback, then the scales again (Frantar 2022,
+    arXiv 2210.17323).
+
+    No row's output error is above what rounding to the nearest leaves, neither on its own scales nor from absmax.
+    """
+
+    statistic: ClassVar[Statistic] = "hessian"
+
+    def quantize(self, weight: Tensor, spec: QuantSpec, inputs: Inputs) -> LinearRecord:
+        """The record of one weight [out, in].
+
+        Raises:
+            ModelError: no Hessian, one of another shape, or numbers that are not finite.
+        """
+        options, weight = self.options, weight.detach()
+        hessian = hessian_of(inputs, weight, "gptq")
+        extremes = choose_qparams(weight, spec)
+        searched = options.scales == "mse"
+        qparams = search_qparams(weight, spec, hessian.diagonal()) if searched else extremes
+        codes = gptq_codes(weight, qparams, hessian, spec, damping=options.damping, order=options.order)
+        if not searched:
+            return LinearRecord(codes, *qparams, spec)
+        levels = dequantize(codes, QParams(torch.ones_like(qparams.scale), qparams.zero_point), spec)
+        difference = dequantize(codes, qparams, spec) - weight.to(torch.float32)
+        scale = refit_scales(levels, difference, qparams.scale, hessian, spec)
+        return _better_rows(
+            LinearRecord(codes, scale, qparams.zero_point, spec), nearest(weight, extremes, spec), weight, hessian
+        )
 
 
 def gptq_codes(
-    weight: Tensor, qparams: QParams, hessian: Tensor, spec: QuantSpec, *, damping: float = 0.01, block: int = 32
+    weight: Tensor,
+    qparams: QParams,
+    hessian: Tensor,
+    spec: QuantSpec,
+    *,
+    damping: float = 0.01,
+    order: Order = "activation",
+    block: int = 32,
 ) -> Tensor:
     """Codes int8 [out, in] that lessen tr((Q - W) H (Q - W)^T), given the scales (Frantar 2022, arXiv 2210.17323).
 
-    Columns are decided one at a time, those with the largest H_jj first; with U the upper Cholesky factor of the
-    damped H^-1, the error e = (w_j - q_j) / U_jj is spread over the columns not yet decided: w_k -= e U_jk. Scales
-    stay where they are, so the order leaves no trace in the export. A row that plain rounding serves better keeps it.
+    Columns are decided one at a time; see ErrorFeedback. A row that plain rounding serves better keeps it.
 
     Args:
         weight: [out, in].
         hessian: H = E[x x^T] [in, in] of the layer's input.
         damping: added to H's diagonal, as a share of its mean.
-        block: columns whose feedback onto all later ones is applied as one product; 32 keep what is done for each
-            column below the size that torch spreads over threads, whose waiting costs more than they save.
+        order: activation: columns with the largest H_jj first; given: by position.
+        block: see ErrorFeedback.decide.
 
     Raises:
         ModelError: H of another shape, or not finite.
     """
-    columns = weight.shape[1]
-    if hessian.shape != (columns, columns) or not bool(hessian.isfinite().all()):
-        raise ModelError(
-            f"hessian of shape {list(hessian.shape)} for a weight of shape {list(weight.shape)}",
-            rule="it is finite, [in, in]",
-        )
-    order = torch.argsort(hessian.diagonal(), descending=True)
-    factor = _inverse_factor(hessian.to(weight.device)[order][:, order], damping)
-    target = weight.to(torch.float32)
-    # Transposed, so that a column to decide is a contiguous row.
-    rest = target.t()[order].contiguous()
-    size = columns // qparams.scale.shape[1]
-    scale = qparams.scale.to(torch.float32).t().repeat_interleave(size, dim=0)[order].contiguous()
-    decided = torch.empty_like(rest, dtype=torch.int8)
-    for first in range(0, columns, block):
-        last = min(first + block, columns)
-        errors = torch.empty_like(rest[first:last])
-        for j in range(first, last):
-            code = (rest[j] / scale[j]).round_().clamp_(spec.quant_min, spec.quant_max)
-            decided[j] = code.to(torch.int8)
-            errors[j - first] = (rest[j] - code * scale[j]) / factor[j, j]
-            rest[j + 1 : last].addr_(factor[j, j + 1 : last], errors[j - first], alpha=-1)
-        rest[last:].addmm_(factor[first:last, last:].t(), errors, alpha=-1)
-    codes = torch.empty_like(decided)
-    codes[order] = decided
-    fed, plain = codes.t().contiguous(), quantize(target, qparams, spec)
-    better = output_error(target, fed, qparams, hessian, spec) < output_error(target, plain, qparams, hessian, spec)
+    hessian = checked_hessian(hessian, weight)
+    fed, _ = ErrorFeedback.of(hessian, damping, order).decide(weight, qparams, spec, block=block)
+    plain = quantize(weight, qparams, spec)
+    better = output_error(weight, fed, qparams, hessian, spec) < output_error(weight, plain, qparams, hessian, spec)
     return torch.where(better.unsqueeze(1), fed, plain)
 
 
 def output_error(weight: Tensor, codes: Tensor, qparams: QParams, hessian: Tensor, spec: QuantSpec) -> Tensor:
     """d H d^T [out] of each row's error d: the expected squared error of the layer's outputs."""
-    difference = dequantize(codes, qparams, spec) - weight.to(torch.float32)
-    return ((difference @ hessian.to(difference)) * difference).sum(dim=1)
+    return row_errors(dequantize(codes, qparams, spec) - weight.to(torch.float32), hessian)
 
 
-def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """U, upper, fp32, with U^T U = (H + damping * mean(diag H) I)^-1; computed in fp64.
+def _better_rows(first: LinearRecord, second: LinearRecord, weight: Tensor, hessian: Tensor) -> LinearRecord:
+    """Each row of whichever record errs less in the outputs."""
+    better = row_errors(second.dequantize() - weight, hessian) < row_errors(first.dequantize() - weight, hessian)
 
-    Where rounding left H + damping without a factor, the damping is raised tenfold until it has one.
-    """
-    exact = hessian.to(torch.float64)
-    # Inputs that are all zero leave nothing to weigh: every column counts alike then.
-    mean = float(exact.diagonal().mean()) or 1.0
-    identity = torch.eye(len(exact), dtype=exact.dtype, device=exact.device)
-    failed, share = 1, damping if bool(exact.diagonal().any()) else 1.0
-    while failed:
-        lower, info = torch.linalg.cholesky_ex(exact + share * mean * identity)
-        failed, share = int(info), 10 * share
-    factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).to(torch.float32)
-    return factor
+    def chosen(one: Tensor, other: Tensor) -> Tensor:
+        return torch.where(better.unsqueeze(1), other, one)
+
+    zero_point = first.zero_point
+    if zero_point is not None and second.zero_point is not None:
+        zero_point = chosen(zero_point, second.zero_point)
+    return LinearRecord(chosen(first.codes, second.codes), chosen(first.scale, second.scale), zero_point, first.spec)
