@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from qtrain.distill.chunked_loss import product_dtype
-from qtrain.distill.eval_mode import eval_mode
+from qtrain.modules.eval_mode import eval_mode
 
 Head = Callable[[PreTrainedModel, Tensor], tuple[Tensor, Tensor, Tensor | None]]
 """(model, hidden [..., d]) → what its output head multiplies: input [..., d], weight [vocab, d], bias [vocab].

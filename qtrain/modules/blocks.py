@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +50,7 @@ def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     if not found:
         raise ModelError(
             f"{type(model).__name__} has no list of decoder blocks",
-            rule="layer-wise distillation trains the blocks of model.get_decoder(), held in an nn.ModuleList",
+            rule="what goes block by block takes the blocks of model.get_decoder(), held in an nn.ModuleList",
         )
     name = max(found, key=lambda key: len(found[key]))
     return name, found[name]
@@ -66,11 +66,7 @@ def watch(model: PreTrainedModel, blocks: nn.ModuleList, ids: Tensor) -> tuple[T
     left: list[Tensor] = []
 
     def enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        positional = bool(args)
-        others = {name: value for name, value in kwargs.items() if name != HIDDEN}
-        hidden = args[0] if positional else kwargs.get(HIDDEN)
-        assert isinstance(hidden, Tensor), f"{type(block).__name__} is not called with {HIDDEN}"
-        entered.append((block, hidden, Call(args[1:], others, positional)))
+        entered.append((block, *_entry(block, args, kwargs)))
 
     def leave(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         left.append(states(output))
@@ -81,15 +77,44 @@ def watch(model: PreTrainedModel, blocks: nn.ModuleList, ids: Tensor) -> tuple[T
     if not in_order or any(hidden is not before for (_, hidden, _), before in zip(entered[1:], left, strict=False)):
         raise ModelError(
             f"{type(model).__name__} does not call its blocks one after the other",
-            rule="layer-wise distillation needs each block to take the output of the one before",
+            rule="what goes block by block needs each to take the output of the one before",
         )
     return entered[0][1], [call for _, _, call in entered]
+
+
+def entering(model: PreTrainedModel, blocks: nn.ModuleList, ids: Tensor) -> tuple[Tensor, Call]:
+    """What enters the first block [B, L, d] for ids [B, L], and how it is called; no block is run."""
+    seen: list[tuple[Tensor, Call]] = []
+
+    def enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(_entry(block, args, kwargs))
+        raise _Entered
+
+    handle = blocks[0].register_forward_pre_hook(enter, with_kwargs=True)
+    try:
+        with torch.no_grad(), suppress(_Entered):
+            model.get_decoder()(input_ids=ids, use_cache=False)
+    finally:
+        handle.remove()
+    return seen[0]
 
 
 def states(output: Any) -> Tensor:
     """The hidden states of a block's output, which may be a tuple that begins with them."""
     hidden: Tensor = output if isinstance(output, Tensor) else output[0]
     return hidden
+
+
+class _Entered(Exception):
+    """The first block was reached."""
+
+
+def _entry(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
+    positional = bool(args)
+    others = {name: value for name, value in kwargs.items() if name != HIDDEN}
+    hidden = args[0] if positional else kwargs.get(HIDDEN)
+    assert isinstance(hidden, Tensor), f"{type(block).__name__} is not called with {HIDDEN}"
+    return hidden, Call(args[1:], others, positional)
 
 
 @contextmanager

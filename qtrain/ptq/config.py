@@ -59,7 +59,9 @@ class GptqSection(StartSection):
     order: Literal["activation", "given"] = Field(
         "activation", description="columns with the largest inputs first; scales stay by position, so g_idx is plain"
     )
-    scales: Literal["mse", "absmax"] = Field("mse", description="least weighted squared error, or each group's extremes")
+    scales: Literal["mse", "absmax"] = Field(
+        "mse", description="least weighted squared error, or each group's extremes"
+    )
 
 
 class SmoothQuantSection(StartSection):
@@ -97,7 +99,7 @@ class BlockApSection(StartSection):
     weight_lr: float | None = Field(None, gt=0, description="of Adam for weights; default: 2e-5 at 2 bits, else 1e-5")
     range_lr: float = Field(1e-4, gt=0, description="of Adam for scales and zero points")
     validation: float = Field(
-        0.05, ge=0, lt=1, description="share of the rows on which a block's error is measured; it does not train on them"
+        0.05, ge=0, lt=1, description="share of the rows that a block does not train on; its error is measured there"
     )
 
 

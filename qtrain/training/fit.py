@@ -20,10 +20,10 @@ from qtrain.config.compose import save_config
 from qtrain.config.schema import Config
 from qtrain.console import say
 from qtrain.data.datamodule import LanguageData
-from qtrain.distill.layerwise import BlockError
 from qtrain.evaluation.progress import progress_over
 from qtrain.evaluation.recovery import Recovery
 from qtrain.files import write_json
+from qtrain.modules.block_chain import BlockError
 from qtrain.modules.calibrate import start_weights
 from qtrain.report.write import write_report
 from qtrain.training.module import LanguageModule

@@ -20,7 +20,7 @@ from qtrain.data.isolation import check_isolation
 from qtrain.distill.cached import CachedLogits
 from qtrain.distill.config import LayerwiseSection
 from qtrain.distill.divergence import Objective
-from qtrain.distill.layerwise import BlockError, distill_layerwise
+from qtrain.distill.layerwise import distill_layerwise
 from qtrain.distill.teacher import Teacher, teacher_model
 from qtrain.distill.token_loss import choose_cached, choose_online
 from qtrain.methods.method import Context, Progress, build_method
@@ -29,6 +29,7 @@ from qtrain.models.fingerprint import fingerprint
 from qtrain.models.fused import fuse_layers
 from qtrain.models.load import load_model, load_tokenizer
 from qtrain.models.source import find_model
+from qtrain.modules.block_chain import BlockError
 from qtrain.modules.head import head_factors
 from qtrain.modules.quantizers import full_precision, quantizers
 from qtrain.modules.token_loss import Loss, choose_loss

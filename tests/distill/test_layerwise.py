@@ -24,10 +24,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from qtrain.distill import blocks as blocks_module
-from qtrain.modules.blocks import decoder_blocks, watch
 from qtrain.distill.layerwise import distill_layerwise
 from qtrain.errors import DataError, ModelError
+from qtrain.modules.blocks import decoder_blocks, states, watch
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -84,7 +83,7 @@ def hidden_after(model: PreTrainedModel, block: int, ids: Tensor) -> Tensor:
     """Output of a block in an ordinary forward of the model."""
     seen: list[Tensor] = []
     module = decoder_blocks(model)[1][block]
-    handle = module.register_forward_hook(lambda _, __, output: seen.append(blocks_module.states(output)))
+    handle = module.register_forward_hook(lambda _, __, output: seen.append(states(output)))
     with torch.no_grad():
         model(input_ids=ids, use_cache=False)
     handle.remove()
