@@ -1,4 +1,4 @@
-"""A decoder block with the hidden states that enter it on calibration text."""
+"""Calibration text inside of the decoder: the hidden states that enter a block, and how it is called."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qtrain.modules.blocks import Call, watch
+from qtrain.modules.blocks import Call, decoder_blocks, watch
 from qtrain.ptq.inputs import gather_inputs, shared_inputs
 from qtrain.ptq.start import Inputs, Statistic
 
 Context = Callable[[], AbstractContextManager[Any]]
+Progress = Callable[[Iterator[Any], int], Iterator[Any]]
+SHORT = 32
+"""Tokens on which experiments are made: each channel needs a few."""
 
 
 @dataclass(frozen=True)
@@ -23,19 +26,24 @@ class BlockText:
     """What a start may look at while one block is quantized.
 
     Attributes:
+        name: of the block, in full.
         module: the block.
         layers: its linears that will be quantized, by their full names; looked up anew each time, for they are
             replaced one by one.
         hidden: states [b, L, d] that enter the block, for each row of text.
         calls: how the decoder calls it, for each row.
+        short_hidden, short_call: a beginning of the first row [1, l, d], for experiments.
         context: what forward passes run in.
     """
 
     model: PreTrainedModel
+    name: str
     module: nn.Module
     layers: Sequence[str]
     hidden: Sequence[Tensor]
     calls: Sequence[Call]
+    short_hidden: Tensor
+    short_call: Call
     context: Context
 
     def linears(self, names: Collection[str]) -> dict[str, nn.Linear]:
@@ -65,20 +73,57 @@ class BlockText:
         return gather_inputs(groups, self.linears([group[0] for group in groups]), self.outputs(), statistic)
 
 
-def enter(
-    model: PreTrainedModel, blocks: nn.ModuleList, ids: Iterator[Tensor]
-) -> tuple[list[Tensor], list[list[Call]]]:
-    """For each row of ids [b, L] what enters the first block [b, L, d], on the CPU, and how all blocks are called.
+@dataclass(frozen=True)
+class DecoderText:
+    """The hidden states on their way through the decoder, at the entrance of one block after the other.
 
-    Rows with the same calls share them in memory: rotary angles and masks depend on the shape alone, most often.
+    Attributes:
+        prefix: full name of the list of blocks.
+        hidden: [b, L, d] of each row, on the CPU.
+        calls: of each row, how the decoder calls each block.
+        short_calls: the same for the first tokens of the first row.
     """
-    device = next(model.parameters()).device
-    hidden: list[Tensor] = []
-    calls: list[list[Call]] = []
-    known: dict[torch.Size, list[Call]] = {}
-    for row in ids:
-        states, own = watch(model, blocks, row.to(device))
-        kept = known.setdefault(row.shape, own)
-        hidden.append(states.cpu())
-        calls.append(kept if all(map(Call.same, own, kept)) else own)
-    return hidden, calls
+
+    model: PreTrainedModel
+    prefix: str
+    blocks: nn.ModuleList
+    hidden: list[Tensor]
+    calls: list[list[Call]]
+    short_calls: list[Call]
+    context: Context
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, rows: Sequence[Tensor], context: Context, progress: Progress) -> DecoderText:
+        """What enters the first block for each row of ids [b, L].
+
+        Rows with the same calls share them in memory: rotary angles and masks depend on the shape alone, most often.
+
+        Raises:
+            ModelError: blocks that are no chain.
+        """
+        _, blocks = decoder_blocks(model)
+        prefix = next(name for name, module in model.named_modules() if module is blocks)
+        device = next(model.parameters()).device
+        hidden, calls = [], []
+        known: dict[torch.Size, list[Call]] = {}
+        with context():
+            for ids in progress(iter(rows), len(rows)):
+                states, own = watch(model, blocks, ids.to(device))
+                shared = known.setdefault(ids.shape, own)
+                hidden.append(states.cpu())
+                calls.append(shared if all(map(Call.same, own, shared)) else own)
+            _, short_calls = watch(model, blocks, rows[0][:1, :SHORT].to(device))
+        return cls(model, prefix, blocks, hidden, calls, short_calls, context)
+
+    def at(self, k: int, layers: Sequence[str]) -> BlockText:
+        """Block k, whose ``layers`` will be quantized, with what enters it."""
+        calls, short = [own[k] for own in self.calls], self.hidden[0][:1, :SHORT]
+        name = f"{self.prefix}.{k}"
+        return BlockText(
+            self.model, name, self.blocks[k], layers, self.hidden, calls, short, self.short_calls[k], self.context
+        )
+
+    def leave(self, block: BlockText) -> None:
+        """What the block gives now is what enters the next one."""
+        for i, output in enumerate(block.outputs()):
+            self.hidden[i] = output.cpu()

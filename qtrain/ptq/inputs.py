@@ -58,6 +58,8 @@ def gather_inputs(
     Raises:
         DataError: NaN or inf.
     """
+    if statistic == "none":
+        return {name: Inputs() for group in groups for name in group}
     sums = {group[0]: _Sums(statistic) for group in groups}
 
     def observe(name: str) -> Hook:
@@ -75,6 +77,8 @@ def gather_inputs(
 
 def unseen_inputs(width: int, statistic: Statistic, device: torch.device) -> Inputs:
     """What is assumed of an input that no token of the text reached: features of size 1, uncorrelated."""
+    if statistic == "none":
+        return Inputs()
     ones = torch.ones(width, device=device)
     return Inputs(ones, ones, ones, torch.eye(width, device=device) if statistic == "hessian" else None)
 

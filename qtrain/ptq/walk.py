@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -13,18 +13,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qtrain.errors import DataError, ModelError
-from qtrain.modules.blocks import decoder_blocks
 from qtrain.modules.record import LinearRecord
 from qtrain.numerics.spec import QuantSpec
 from qtrain.ptq.activation_stats import inference
 from qtrain.ptq.balance import Balancing
-from qtrain.ptq.block_text import BlockText, Context, enter
+from qtrain.ptq.block_text import BlockText, Context, DecoderText, Progress
 from qtrain.ptq.inputs import Passes, gather_inputs, shared_inputs, unseen_inputs
 from qtrain.ptq.start import Inputs, Start
 from qtrain.registry import did_you_mean
 
 Place = Callable[[str, nn.Linear, LinearRecord], None]
-Progress = Callable[[Iterator[Any], int], Iterator[Any]]
 
 
 @dataclass(frozen=True)
@@ -79,25 +77,19 @@ def quantize_blocks(
     walk = _Walk(model, specs, start, place)
     over: Progress = progress or (lambda items, total: items)
     with inference(model):
-        if start.statistic == "none":
+        if start.statistic == "none" and not isinstance(start, Balancing):
             return [walk.quantize(name, Inputs()) for name in over(iter(specs), len(specs))]
-        if not any(row.numel() for row in rows):
-            raise DataError("no rows to calibrate on", rule=f"{type(start).__name__} looks at what flows into layers")
-        prefix, blocks = decoder_blocks(model)
-        names = _names_in_blocks(model, blocks, specs)
-        inside = set().union(*names)
-        with context():
-            hidden, calls = enter(model, blocks, over(iter(rows), len(rows)))
+        text = DecoderText.of(model, _checked(rows, start), context, over)
+        names = [[name for name in specs if name.startswith(f"{text.prefix}.{k}.")] for k in range(len(text.blocks))]
         losses: list[LayerLoss] = []
         # Blocks after the last one with a layer of ``specs`` need not run.
         last = max((k for k, own in enumerate(names) if own), default=-1)
         for k in over(iter(range(last + 1)), last + 1):
-            block = BlockText(model, blocks[k], names[k], hidden, [own[k] for own in calls], context)
+            block = text.at(k, names[k])
             losses += walk.block(block, sequential)
             if k < last:
-                for i, output in enumerate(block.outputs()):
-                    hidden[i] = output.cpu()
-        return losses + walk.rest([name for name in specs if name not in inside], rows, context)
+                text.leave(block)
+        return losses + walk.rest([name for name in specs if not any(name in own for own in names)], rows, context)
 
 
 @dataclass(frozen=True)
@@ -113,7 +105,7 @@ class _Walk:
             return []
         groups, statistic = block.groups(), self.start.statistic
         if isinstance(self.start, Balancing):
-            self.start.balance(block, groups, self.specs)
+            self.start.balance(block, self.specs)
         losses = []
         for stage in _stages(groups) if sequential else [groups]:
             inputs = block.inputs(stage, statistic)
@@ -166,10 +158,14 @@ def _check(model: nn.Module, specs: Mapping[str, QuantSpec]) -> None:
             raise ModelError(f"{name!r} is a {type(modules[name]).__name__}", rule="linear layers are quantized")
 
 
-def _names_in_blocks(model: nn.Module, blocks: nn.ModuleList, specs: Mapping[str, QuantSpec]) -> list[list[str]]:
-    """The names of ``specs`` that lie in each block."""
-    prefix = next(name for name, module in model.named_modules() if module is blocks)
-    return [[name for name in specs if name.startswith(f"{prefix}.{k}.")] for k in range(len(blocks))]
+def _checked(rows: Sequence[Tensor], start: Start[Any]) -> list[Tensor]:
+    for row in rows:
+        if row.ndim != 2 or row.is_floating_point():
+            raise DataError(f"a row of shape {list(row.shape)}, {row.dtype}", rule="token ids [batch, tokens]")
+    found = [row for row in rows if row.numel()]
+    if not found:
+        raise DataError("no rows to calibrate on", rule=f"{type(start).__name__} looks at what flows into the layers")
+    return found
 
 
 def _stages(groups: Sequence[list[str]]) -> list[list[list[str]]]:
