@@ -94,12 +94,16 @@ class Chain:
             return call(self.blocks[k] if block is None else block, hidden.to(self.device, self.dtype))
 
     @torch.no_grad()
-    def error(self, k: int, inputs: Tensor, target: Tensor, block: nn.Module | None = None) -> float:
-        """Mean squared error of the outputs of block k, or of another one in its place."""
+    def error(
+        self, k: int, inputs: Tensor, target: Tensor, block: nn.Module | None = None, rows: Tensor | None = None
+    ) -> float:
+        """Mean squared error of the outputs of block k, or of another one in its place; on some rows, or on all."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for x, y in zip(inputs.split(self.size), target.split(self.size), strict=True):
-            total += F.mse_loss(self.run(k, x, block).float(), y.to(self.device).float(), reduction="sum")
-        return float(total) / target.numel()
+        chosen = torch.arange(len(inputs)) if rows is None else rows
+        for batch in chosen.split(self.size):
+            output, wanted = self.run(k, inputs[batch], block), target[batch].to(self.device)
+            total += F.mse_loss(output.float(), wanted.float(), reduction="sum")
+        return float(total) / (len(chosen) * target[0].numel())
 
     def loss(self, k: int, x: Tensor, target: Tensor, unit: float, block: nn.Module | None = None) -> Tensor:
         """Mean squared error on one batch, in units of the error before any training.
