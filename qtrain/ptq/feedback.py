@@ -36,10 +36,12 @@ class ErrorFeedback:
         columns = columns.to(hessian.device)
         return cls(columns, _inverse_factor(hessian, columns, damping))
 
-    def inverse_diagonal(self) -> Tensor:
-        """[H^-1]_jj [in] of the damped H, by position."""
+    def saliency(self) -> Tensor:
+        """1 / [H^-1]_jj [in] of the damped H, by position: twice what a unit error in column j costs the output once
+        all other columns have made up for it (optimal brain surgeon, Hassibi 1993; SpQR, arXiv 2306.03078, eq. 1).
+        """
         found = torch.empty_like(self.factor[0])
-        found[self.order] = self.factor.square().sum(dim=0)
+        found[self.order] = self.factor.square().sum(dim=0).reciprocal()
         return found
 
     def decide(
