@@ -10,7 +10,7 @@ from qtrain.console import err, fail, hush, listing, say
 from qtrain.errors import ConfigError, QtrainError
 from qtrain.registry import did_you_mean, resolve
 from qtrain.verbs.keys import print_keys
-from qtrain.verbs.request import check_inputs, read_request, require_run
+from qtrain.verbs.request import check_inputs, read_request, require_run, splits_of
 from qtrain.verbs.table import VERBS
 
 USAGE = "qtrain VERB [recipe=NAME|PATH] [section.key=value ...]"
@@ -58,7 +58,7 @@ def _dispatch(words: list[str]) -> int:
         )
     if verb.needs_run:
         require_run(request)
-    check_inputs(request, splits=verb.splits)
+    check_inputs(request, splits=splits_of(verb, request))
     resolve(verb.run)(request)
     return 0
 

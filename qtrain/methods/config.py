@@ -18,11 +18,18 @@ class MethodSection(Section):
 
     implementation: ClassVar[str]
     """``package.module:attribute`` of the Method subclass, imported when it runs."""
+    trains: ClassVar[bool] = True
+    """Whether there is anything to fit."""
 
     name: str = Field("qlora", description="what is quantized and what trains")
     compute_dtype: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="what products run in: auto is bf16 where the device has it, else fp32"
     )
+
+    @property
+    def looks_at_text(self) -> bool:
+        """Whether preparing a model needs data.train."""
+        return self.trains
 
     def trained_layers(self) -> Iterator[tuple[str, QuantSpec | None, QuantSpec | None]]:
         """Where linear layers get codes of their own: key or pattern, specs of weights and of inputs."""
@@ -36,5 +43,7 @@ METHODS: Registry[type[MethodSection]] = Registry(
     {
         "qlora": "qtrain.methods.qlora.config:QLoraOptions",
         "qat": "qtrain.methods.qat.config:QatOptions",
+        "peqa": "qtrain.methods.peqa.config:PeqaOptions",
+        "ptq": "qtrain.methods.ptq.config:PtqOptions",
     },
 )

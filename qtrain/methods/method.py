@@ -20,6 +20,8 @@ from qtrain.registry import resolve
 Options = TypeVar("Options", bound=MethodSection)
 Progress = Callable[[Iterator[Any], int], Iterator[Any]]
 Context = Callable[[], AbstractContextManager[Any]]
+Text = Callable[[int], Sequence[Tensor]]
+"""So many rows of training text as token ids [batch, tokens]."""
 
 
 class Method(ABC, Generic[Options]):
@@ -32,6 +34,9 @@ class Method(ABC, Generic[Options]):
     artifact: ClassVar[str] = "adapter"
     """Folder of a run in which ``save`` leaves what was trained."""
 
+    keeps_base: ClassVar[bool] = False
+    """Whether a run keeps the frozen part, packed, in RUN/base, and is loaded from there again."""
+
     def __init__(self, options: Options) -> None:
         self.options = options
 
@@ -43,8 +48,13 @@ class Method(ABC, Generic[Options]):
         compute_dtype: torch.dtype,
         device: torch.device,
         progress: Progress | None = None,
+        text: Text | None = None,
     ) -> nn.Module:
-        """Swap layers of ``model`` and freeze what does not train; the result lies on ``device``."""
+        """Swap layers of ``model`` and freeze what does not train; the result lies on ``device``.
+
+        Args:
+            text: of the training, for methods whose frozen part is chosen by what flows into the layers.
+        """
 
     @abstractmethod
     def parameter_groups(self, model: nn.Module, lr: float) -> list[dict[str, Any]]:

@@ -26,8 +26,8 @@ class PackedLinear(nn.Linear):
     Attributes:
         weight: int32 [out, in * bits / 32].
         scale: [out, groups].
-        zero_point: int32 words of all zero points in a row, or None where the spec is symmetric.
-        zero: fp32 [out, groups] where zero points train, else None.
+        zero_point: int32 words of the base's zero points in a row, or None where the spec is symmetric.
+        zero: fp32 [out, groups], in their place where zero points train or were trained, else None.
         outlier_index, outlier_value: weights that the codes do not hold, or None.
         input_quantizer: None leaves inputs as they are.
     """
@@ -78,6 +78,17 @@ class PackedLinear(nn.Linear):
             points = self._zero_points()
             assert points is not None
             self.zero = nn.Parameter(points.to(torch.float32))
+
+    @torch.no_grad()
+    def set_ranges(self, scale: Tensor, zero_point: Tensor | None = None) -> None:
+        """Take other scales [out, groups], and other zero points; without them those of the base are back."""
+        self.scale.copy_(scale)
+        if zero_point is not None and self.zero is None:
+            self.zero = nn.Parameter(zero_point.to(self.scale.device, torch.float32), requires_grad=False)
+        elif self.zero is not None:
+            points = self._base_zero_points() if zero_point is None else zero_point
+            assert points is not None
+            self.zero.copy_(points)
 
     def forward(self, input: Tensor) -> Tensor:
         """y [.., out] of x [.., in]."""
@@ -132,8 +143,9 @@ class PackedLinear(nn.Linear):
         return f"{self.in_features}, {self.out_features}, {spec.format} {kind} {spec.granularity}{size}"
 
     def _zero_points(self) -> Tensor | None:
-        if self.zero is not None:
-            return self.zero
+        return self._base_zero_points() if self.zero is None else self.zero
+
+    def _base_zero_points(self) -> Tensor | None:
         if self.zero_point is None:
             return None
         return unpack(self.zero_point, self.spec.bits, self.scale.numel()).view(self.scale.shape)

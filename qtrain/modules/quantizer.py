@@ -104,6 +104,17 @@ class Quantizer(nn.Module):
         with torch.no_grad():
             return self.rule.qparams(x.detach(), *self.range_tensors())
 
+    def stored(self) -> QParams:
+        """Scale and zero point of a range that is kept."""
+        self.check_ready()
+        scale, _ = self.range_tensors()
+        assert scale is not None  # a dynamic range keeps nothing
+        return self.rule.qparams(scale.new_zeros(1, 1), *self.range_tensors())
+
+    def set(self, qparams: QParams) -> None:
+        """Take a range that was found elsewhere."""
+        self._set(qparams)
+
     def codes(self, x: Tensor) -> tuple[Tensor, QParams]:
         """The codes (int8, or float8) of x's shape that ``forward`` uses, and what maps them back."""
         qparams = self.qparams(x)

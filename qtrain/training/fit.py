@@ -23,6 +23,8 @@ from qtrain.data.datamodule import LanguageData
 from qtrain.evaluation.progress import progress_over
 from qtrain.evaluation.recovery import Recovery
 from qtrain.files import write_json
+from qtrain.methods.method import build_method
+from qtrain.models.packed import save_packed
 from qtrain.modules.block_chain import BlockError
 from qtrain.modules.calibrate import start_weights
 from qtrain.report.write import write_report
@@ -55,7 +57,8 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
         return found
     if config.run.resume and checkpoint is None:
         say(f"no checkpoint in {run.checkpoints} yet: starting from the beginning")
-    module = LanguageModule(config, progress=progress_over("quantizing"))
+    kept = run.kept_base() if checkpoint and build_method(config.method).keeps_base else None
+    module = LanguageModule(config, progress=progress_over("quantizing"), packed=kept)
     data = LanguageData(config.data, module.tokenizer, seed=config.run.seed)
     data.setup("fit")
     say(data.summary.lines(), title="data")
@@ -75,6 +78,8 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
     # Only now that data and model are known to be good does an earlier run give way.
     if checkpoint is None:
         run.clear()
+        if module.method.keeps_base:
+            save_packed(module.method.plain_model(module.model), run.base)
     save_config(config, run.config)
     write_json(run.result("data"), data.summary.to_dict())
     trainer.loggers = loggers(config, run.path, step)

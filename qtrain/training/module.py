@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -23,11 +24,13 @@ from qtrain.distill.divergence import Objective
 from qtrain.distill.layerwise import distill_layerwise
 from qtrain.distill.teacher import Teacher, teacher_model
 from qtrain.distill.token_loss import choose_cached, choose_online
+from qtrain.methods.base import load_base
 from qtrain.methods.method import Context, Progress, build_method
 from qtrain.models.dtype import resolve_dtypes
 from qtrain.models.fingerprint import fingerprint
 from qtrain.models.fused import fuse_layers
 from qtrain.models.load import load_model, load_tokenizer
+from qtrain.models.packed import load_packed
 from qtrain.models.source import find_model
 from qtrain.modules.block_chain import BlockError
 from qtrain.modules.head import head_factors
@@ -48,6 +51,7 @@ class LanguageModule(L.LightningModule):
         base: a model to use in place of loading ``model.path``.
         tokenizer: likewise.
         progress: wraps the loop over layers while the base is quantized.
+        packed: directory of a packed base that takes the place of quantizing one, as RUN/base holds it.
     """
 
     strict_loading = False  # checkpoints hold what trains; the base comes from model.path
@@ -59,6 +63,7 @@ class LanguageModule(L.LightningModule):
         base: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         progress: Progress | None = None,
+        packed: Path | None = None,
     ) -> None:
         super().__init__()
         config.distill.check_streaming(config.data.streaming)
@@ -66,7 +71,7 @@ class LanguageModule(L.LightningModule):
         self.method = build_method(config.method)
         self.model: nn.Module | None = None
         self.loss_path = self.fused = ""
-        self._base, self._tokenizer, self._progress = base, tokenizer, progress
+        self._base, self._tokenizer, self._progress, self._packed = base, tokenizer, progress, packed
         self._loss: Loss | None = None
         self._objective: Loss | None = None  # of the training: the loss, or the divergence from a teacher
         self._window: list[Tensor] = []  # (loss, tokens) of the micro-batches since the last step
@@ -103,12 +108,12 @@ class LanguageModule(L.LightningModule):
         """The prepared model on ``device``; also for use without a Trainer.
 
         Args:
-            data: what it will be trained on, where ``distill.teacher_logits=cached``.
+            data: what it will be trained on, where ``distill.teacher_logits=cached`` or a starting point looks at it.
         """
         config = self.config
         storage, compute = resolve_dtypes(config.model.dtype, config.method.compute_dtype, device)
         handed_over, self._base = self._base, None
-        base = handed_over if handed_over is not None else load_model(config.model, storage)
+        base = handed_over if handed_over is not None else self._load_base(storage)
         self.fused = fuse_layers(base, device, config.model.fused)
         section = config.distill
         if section.layerwise is not None or (section.loss != "none" and not section.cached):
@@ -121,7 +126,8 @@ class LanguageModule(L.LightningModule):
                 world_size=self.trainer.world_size if self._trainer is not None else 1,
             )
         L.seed_everything(config.run.seed, verbose=False)  # the adapters' start is the same however long loading took
-        self.model = self.method.prepare(base, compute_dtype=compute, device=device, progress=self._progress)
+        text = None if data is None else partial(data.rows, "train")
+        self.model = self.method.prepare(base, compute_dtype=compute, device=device, progress=self._progress, text=text)
         # Lightning keeps the mode that modules are in: loaded ones are in eval, without dropout and recomputation.
         self.model.train()
         plain = self.method.plain_model(self.model)
@@ -179,8 +185,15 @@ class LanguageModule(L.LightningModule):
         )
         self.model.train()
 
+    def _load_base(self, storage: torch.dtype) -> PreTrainedModel:
+        if self._packed is not None:
+            return load_packed(self._packed, storage, attention=self.config.model.attention)
+        return load_base(self.config.model, self.config.method, storage)
+
     def _teacher(self, base: PreTrainedModel, compute: torch.dtype, device: torch.device) -> Teacher:
         """The full-precision twin on ``device``."""
+        if self._packed is not None and self.config.distill.teacher is None:
+            base = load_model(self.config.model, compute)
         model = teacher_model(self.config.distill, base, self.config.model, compute)
         context = partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=compute == torch.bfloat16)
         return Teacher(model, context).to(device)

@@ -10,7 +10,7 @@ from qtrain.config.schema import RunConfig
 from qtrain.errors import CheckpointError
 
 CHECKPOINTS = "checkpoints"
-ARTIFACTS = ("adapter", "weights")
+ARTIFACTS = ("adapter", "weights", "scales")
 """Folders that methods leave their trained part in."""
 
 
@@ -39,9 +39,18 @@ class RunDirectory:
         return self.path / CHECKPOINTS
 
     @property
+    def base(self) -> Path:
+        """The packed base, where the method keeps one."""
+        return self.path / "base"
+
+    @property
     def trained(self) -> Path | None:
-        """What was trained: adapters in PEFT's layout, or weights with the ranges of their quantizers."""
+        """What was trained: adapters in PEFT's layout, weights with the ranges of their quantizers, or scales; the
+        packed base itself where nothing trains.
+        """
         found = [self.path / name for name in ARTIFACTS if (self.path / name).is_dir()]
+        if not found and self.result("quantize").is_file() and self.base.is_dir():
+            return self.base
         return found[0] if found else None
 
     @property
@@ -89,9 +98,24 @@ class RunDirectory:
             )
         return None
 
+    def kept_base(self) -> Path:
+        """The packed base that a checkpoint belongs to.
+
+        Raises:
+            CheckpointError: it is gone; another start would give other codes.
+        """
+        if not self.base.is_dir():
+            raise CheckpointError(
+                "the packed base of this run is gone",
+                where=str(self.base),
+                rule="scales go on over the codes that they began with",
+                fix="run.overwrite=true starts anew",
+            )
+        return self.base
+
     def clear(self) -> None:
         """Let go of what an earlier run left; files of other programs stay."""
-        for entry in (CHECKPOINTS, *ARTIFACTS, "export", "wandb"):
+        for entry in (CHECKPOINTS, *ARTIFACTS, "base", "export", "wandb"):
             shutil.rmtree(self.path / entry, ignore_errors=True)
         tables = [self.path / name for name in ("metrics.csv", "diagnostics.csv")]
         for file in [*self.path.glob("*.json"), *self.path.glob("*.jsonl"), *tables]:

@@ -47,10 +47,11 @@ def best_device() -> torch.device:
 
 
 def trained_module(config: Config, run: RunDirectory, device: torch.device) -> LanguageModule:
-    """The run's model with its trained adapter, as the last training step left it, in eval mode."""
+    """The run's model with what was trained, as the last training step left it, in eval mode."""
     # What answers needs no teacher.
     untaught = config.model_copy(update={"distill": DistillSection()})
-    module = LanguageModule(untaught, progress=progress_over("quantizing"))
+    packed = run.base if run.base.is_dir() else None
+    module = LanguageModule(untaught, progress=progress_over("quantizing"), packed=packed)
     model = module.build(device)
     assert run.trained is not None  # verbs on a finished run look first
     module.method.restore(model, run.trained)

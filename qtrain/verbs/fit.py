@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from qtrain.console import hush_lightning, say, table
+from qtrain.errors import ConfigError
 from qtrain.evaluation.recovery import recovery_of
 from qtrain.registry import resolve
 from qtrain.verbs.request import Request
@@ -13,6 +14,11 @@ from qtrain.verbs.request import Request
 
 def run(request: Request) -> None:
     """Train, then show the figures and where everything lies."""
+    if not request.config.method.trains:
+        raise ConfigError(
+            f"method.name={request.config.method.name} trains nothing",
+            fix="qtrain quantize, or method.name=peqa to train the scales",
+        )
     fit = resolve(request.config.implementation)
     hush_lightning()
     figures = fit(request.config, request.run)

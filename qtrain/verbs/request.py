@@ -12,6 +12,7 @@ from qtrain.data.sources import check_sources
 from qtrain.errors import CheckpointError, ErrorList, QtrainError
 from qtrain.models.source import find_model
 from qtrain.training.run_directory import RunDirectory
+from qtrain.verbs.table import Verb
 from qtrain.vision.files import find_files, find_weights
 
 
@@ -50,6 +51,15 @@ def read_request(verb: str, words: Sequence[str]) -> Request:
     return Request(config, RunDirectory.of(config, default_name=verb), other_model)
 
 
+def splits_of(verb: Verb, request: Request) -> tuple[str, ...]:
+    """The splits of ``data.*`` that must be there."""
+    if not verb.optional:
+        return verb.splits
+    config = request.config
+    needed = {"train"} if config.method.looks_at_text else set()
+    return tuple(split for split in verb.splits if split in needed or getattr(config.data, split) is not None)
+
+
 def check_inputs(request: Request, *, splits: Sequence[str]) -> None:
     """Look at the model and the data from afar, before anything heavy is imported.
 
@@ -71,7 +81,7 @@ def _check_language_inputs(config: Config, splits: Sequence[str]) -> None:
         find_model(config.model)
     except QtrainError as error:
         errors.append(error)
-    if "train" in splits:
+    if "train" in splits or not config.method.trains:
         try:
             config.export.check_trained(config.method.trained_layers())
         except QtrainError as error:

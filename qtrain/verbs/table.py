@@ -18,6 +18,7 @@ class Verb:
         splits: data that must be there.
         tasks: those it serves.
         needs_run: works on a finished run.
+        optional: its ``splits`` may be absent; data.train may not where the method looks at text.
     """
 
     help: str
@@ -26,6 +27,7 @@ class Verb:
     splits: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ("language",)
     needs_run: bool = False
+    optional: bool = False
 
 
 EVERYWHERE = ("model", "run")
@@ -66,6 +68,13 @@ VERBS: Registry[Verb] = Registry(
             "texts that model.path writes from nothing, as token shards to train on",
             "qtrain.verbs.generate_data:run",
             (*EVERYWHERE, "generate_data"),
+        ),
+        "quantize": Verb(
+            "quantize model.path after its training, by the starting point that method.init names",
+            "qtrain.verbs.quantize:run",
+            (*EVERYWHERE, "data", "method"),
+            ("train", "validation"),
+            optional=True,
         ),
         "export": Verb(
             "write a run's model in a format that other programs load",

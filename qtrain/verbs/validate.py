@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sized
-from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from qtrain.console import table
 from qtrain.data.datamodule import LanguageData
-from qtrain.evaluation.held_out import held_out
+from qtrain.evaluation.held_out import held_out, limited
 from qtrain.files import write_json
 from qtrain.modules.token_loss import choose_loss
 from qtrain.training.trained import Subject, stored_subject, trained_subject
@@ -39,27 +36,10 @@ def _measure(request: Request, verb: str, limit: str) -> None:
     data = LanguageData(config.data, subject.tokenizer, seed=config.run.seed)
     data.setup(verb)
     loader = data.val_dataloader() if verb == "validate" else data.test_dataloader()
-    assert isinstance(loader, Sized)
-    wanted = config.trainer.get(limit)
-    wanted = 1.0 if wanted is None else wanted
-    number = wanted if isinstance(wanted, int) else int(len(loader) * wanted)
     with subject.forward_context(), torch.no_grad():
         loss, path = choose_loss(subject.plain)
-        found = held_out(loss, _Limited(loader, min(number, len(loader))), next(subject.model.parameters()).device)
+        found = held_out(loss, limited(loader, config.trainer.get(limit)), next(subject.model.parameters()).device)
     figures: dict[str, Any] = {"model": subject.name, **found.to_dict(), "loss_path": path}
     write_json(request.run.result(verb), figures)
     row = (subject.name, f"{found.perplexity:.3f}", f"{found.loss:.4f}", f"{found.tokens:,}")
     table(verb, ("model", "perplexity", "loss", "tokens"), [row])
-
-
-class _Limited:
-    """The first ``number`` batches, with a length for the progress bar."""
-
-    def __init__(self, loader: Any, number: int) -> None:
-        self._loader, self._number = loader, number
-
-    def __iter__(self) -> Iterator[Mapping[str, Tensor]]:
-        return islice(iter(self._loader), self._number)
-
-    def __len__(self) -> int:
-        return self._number

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from qtrain.errors import ExportError, ModelError
 from qtrain.files import atomic_directory, write_json
-from qtrain.methods.method import Context, Method, Progress
+from qtrain.methods.method import Context, Method, Progress, Text
 from qtrain.methods.qat.config import QatOptions
 from qtrain.methods.qat.deployed import deployed_tensors
 from qtrain.methods.qat.serving import serving_notes
@@ -50,6 +50,7 @@ class Qat(Method[QatOptions]):
         compute_dtype: torch.dtype,
         device: torch.device,
         progress: Progress | None = None,
+        text: Text | None = None,
     ) -> nn.Module:
         """Swap linears (and the embedding) for their fake-quantized twins; all of it trains, or adapters and ranges.
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from qtrain.errors import ModelError
 from qtrain.files import atomic_directory
-from qtrain.methods.method import Method, Progress
+from qtrain.methods.method import Method, Progress, Text
 from qtrain.methods.qlora.config import QLoraOptions
 from qtrain.methods.qlora.merge import merged_weight
 from qtrain.methods.qlora.neftune import add_neftune
@@ -40,6 +40,7 @@ class QLora(Method[QLoraOptions]):
         compute_dtype: torch.dtype,
         device: torch.device,
         progress: Progress | None = None,
+        text: Text | None = None,
     ) -> PeftModel:
         """Freeze and quantize the base, layer by layer, then add the adapters.
 

@@ -1,0 +1,96 @@
+"""What methods over packed integers share."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from functools import partial
+from typing import ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qtrain.errors import ExportError
+from qtrain.methods.method import Context, Method, Progress, Text
+from qtrain.methods.packed.config import PackedOptions
+from qtrain.methods.packed.deployed import deployed_tensors
+from qtrain.methods.packed.pack import pack_layers
+from qtrain.modules.deployed import DeployedModel
+from qtrain.modules.packed_identity import packed_layers
+from qtrain.modules.packed_linear import PackedLinear
+
+Options = TypeVar("Options", bound=PackedOptions)
+
+
+class PackedMethod(Method[Options]):
+    """A method over a frozen base of packed integers, which RUN/base keeps: a start need not be repeatable."""
+
+    keeps_base: ClassVar[bool] = True
+
+    def prepare(
+        self,
+        model: PreTrainedModel,
+        *,
+        compute_dtype: torch.dtype,
+        device: torch.device,
+        progress: Progress | None = None,
+        text: Text | None = None,
+    ) -> nn.Module:
+        """Pack the linear layers as the starting point says, unless they are packed; freeze all of it."""
+        context = partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=compute_dtype == torch.bfloat16)
+        pack_layers(model, self.options, device=device, text=text, context=context, progress=progress)
+        return model
+
+    def plain_model(self, model: nn.Module) -> PreTrainedModel:
+        """The model itself: its layers were replaced, not wrapped."""
+        assert isinstance(model, PreTrainedModel)
+        return model
+
+    def deployed(
+        self, model: nn.Module, *, dtype: torch.dtype, base: Mapping[str, Tensor] | None = None
+    ) -> DeployedModel:
+        """Each packed layer with its codes, and the scales of now.
+
+        Raises:
+            ExportError: ``base`` is given; codes are merged into nothing.
+        """
+        if base is not None:
+            raise ExportError(
+                f"export.base=original merges an adapter, and method.name={self.options.name} has none",
+                fix="leave export.base out",
+            )
+        plain = self.plain_model(model)
+        return DeployedModel(
+            config=plain.config,
+            generation_config=plain.generation_config,
+            tensors=lambda: deployed_tensors(plain),
+            dtype=dtype,
+            trained_codes=True,
+        )
+
+    def lines(self, model: nn.Module) -> list[str]:
+        """What is packed to how many bytes."""
+        layers = packed_layers(model)
+        kinds = Counter(_described(layer) for layer in layers.values())
+        weights = sum(layer.in_features * layer.out_features for layer in layers.values())
+        size = sum(layer.stored_bytes() for layer in layers.values())
+        return [
+            *(f"packed      {count} layers, {kind}" for kind, count in kinds.items()),
+            f"size        {size / 1e6:,.1f} MB, {8 * size / max(1, weights):.3f} bits a weight",
+            f"start       {self.options.init}",
+        ]
+
+    @staticmethod
+    def run(plain: PreTrainedModel, ids: Tensor, context: Context) -> None:
+        """One pass for those who look on; the head runs only where it is packed."""
+        whole = isinstance(plain.get_output_embeddings(), PackedLinear)
+        with context():
+            (plain if whole else plain.get_decoder())(input_ids=ids, use_cache=False)
+
+
+def _described(layer: PackedLinear) -> str:
+    spec = layer.spec
+    size = f"({spec.group_size})" if spec.group_size else ""
+    inputs = f", inputs {layer.input_quantizer.extra_repr()}" if layer.input_quantizer is not None else ""
+    return f"{spec.format} {'symmetric' if spec.symmetric else 'asymmetric'}, {spec.granularity}{size}{inputs}"

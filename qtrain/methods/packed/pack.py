@@ -1,0 +1,118 @@
+"""From a 16-bit model to one of packed integers, by a starting point."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qtrain.errors import DataError, ModelError
+from qtrain.methods.method import Context, Progress, Text
+from qtrain.methods.packed.config import PackedOptions
+from qtrain.modules.config import QuantizerSection
+from qtrain.modules.frozen_linear import linears
+from qtrain.modules.layer_options import Options, check_patterns, layer_options, matches
+from qtrain.modules.packed_identity import packed_layers
+from qtrain.modules.packed_linear import PackedLinear
+from qtrain.modules.record import LinearRecord
+from qtrain.numerics.spec import QuantSpec
+from qtrain.ptq.start import Start
+from qtrain.ptq.walk import quantize_blocks
+from qtrain.registry import resolve
+
+
+def pack_layers(
+    model: PreTrainedModel,
+    options: PackedOptions,
+    *,
+    device: torch.device,
+    text: Text | None = None,
+    context: Context = nullcontext,
+    progress: Progress | None = None,
+) -> None:
+    """Replace linear layers by packed ones, in place, and move the rest to ``device``; all of it frozen.
+
+    A model that was loaded with packed layers keeps them. A starting point that looks at text runs the
+    model on ``device``; of the others each layer crosses to it alone.
+
+    Raises:
+        ModelError: a pattern that matches no layer; ``init=checkpoint`` over 16-bit weights.
+        DataError: no text for a starting point that needs it.
+    """
+    model.requires_grad_(False)
+    if not packed_layers(model):
+        if options.init == "checkpoint":
+            raise ModelError(
+                "method.init=checkpoint keeps the codes of a quantized checkpoint, and model.path holds 16-bit weights",
+                fix="a GPTQ, AWQ or compressed-tensors directory as model.path, or method.init=gptq",
+            )
+        _choose(model, options, device, text, context, progress)
+    model.to(device)  # type: ignore[arg-type]
+
+
+def layers_to_pack(model: PreTrainedModel, options: PackedOptions) -> dict[str, Options]:
+    """Name to the options of its weight and input, for every linear that is to be packed.
+
+    Raises:
+        ModelError: a pattern that matches no layer, or a tied head.
+    """
+    names = [name for name, _ in linears(model)]
+    head = model.get_output_embeddings()
+    if options.head and isinstance(head, nn.Linear):
+        if head.weight is model.get_input_embeddings().weight:
+            raise ModelError(
+                "method.head=true, and the head shares its weight with the token embedding",
+                rule="packed words serve a product, not a look-up",
+                fix="method.head=false",
+            )
+        names.append(next(name for name, module in model.named_modules() if module is head))
+    check_patterns(options.skip, names, "skip pattern")
+    check_patterns(options.rules, names, "rule")
+    kept = [name for name in names if not matches(name, options.skip)]
+    general: Options = {
+        "weight": options.weight,
+        "activation": options.general_activation,
+        "pact": None,
+        "embedding": None,
+    }
+    chosen = layer_options(dict.fromkeys(kept, "linear"), general, options.rules, {})
+    return {name: asked for name, asked in chosen.items() if asked["weight"] is not None}
+
+
+def _choose(
+    model: PreTrainedModel,
+    options: PackedOptions,
+    device: torch.device,
+    text: Text | None,
+    context: Context,
+    progress: Progress | None,
+) -> None:
+    chosen = layers_to_pack(model, options)
+    start: Start[Any] = resolve(options.start.implementation)(options.start)
+    rows: Sequence[Tensor] = ()
+    if options.start.needs_text:
+        if text is None:
+            raise DataError(
+                f"method.init={options.init} looks at text, and there is none",
+                rule="it takes method.calibration_rows rows of data.train",
+                fix="set data.train, or a start that needs none: method.init=hqq",
+            )
+        rows = text(options.calibration_rows)
+        model.to(device)  # type: ignore[arg-type]
+    specs = {name: _spec(asked["weight"]) for name, asked in chosen.items()}
+
+    def place(name: str, linear: nn.Linear, record: LinearRecord) -> None:
+        bias = None if linear.bias is None else linear.bias.detach().to(device)
+        activation = chosen[name]["activation"]
+        model.set_submodule(name, PackedLinear.from_record(record, bias, activation).to(device))
+
+    quantize_blocks(model, specs, start, rows, place=place, context=context, progress=progress)
+
+
+def _spec(section: QuantizerSection | None) -> QuantSpec:
+    assert section is not None
+    return section.spec(weight=True)
