@@ -44,36 +44,56 @@ def freeze_linear(
             input in 16 bits).
         compute_dtype: of the product with the dequantized weight.
     """
+    frozen = frozen_shell(linear, base, double_quant=double_quant, compute_dtype=compute_dtype)
+    if isinstance(frozen, bnb.nn.Linear8bitLt):
+        frozen.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+    else:
+        frozen.weight = bnb.nn.Params4bit(
+            linear.weight.data, requires_grad=False, compress_statistics=double_quant, quant_type=base, module=frozen
+        )
+    return settle(frozen, linear.bias, device)
+
+
+def frozen_shell(
+    linear: nn.Linear,
+    base: str,
+    *,
+    double_quant: bool,
+    compute_dtype: torch.dtype,
+    threshold: float = OUTLIER_THRESHOLD,
+) -> bnb.nn.Linear4bit | bnb.nn.Linear8bitLt:
+    """A frozen layer with the widths of ``linear`` that waits for its weight (arguments: ``freeze_linear``)."""
     bias = linear.bias is not None
-    frozen: bnb.nn.Linear4bit | bnb.nn.Linear8bitLt
     if base == "int8":
-        frozen = _Linear8bit(
+        return _Linear8bit(
             linear.in_features,
             linear.out_features,
             bias,
             has_fp16_weights=False,
-            threshold=OUTLIER_THRESHOLD,
+            threshold=threshold,
             device="meta",
         )
-        frozen.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
-    else:
-        frozen = bnb.nn.Linear4bit(
-            linear.in_features,
-            linear.out_features,
-            bias,
-            compute_dtype=compute_dtype,
-            compress_statistics=double_quant,
-            quant_type=base,
-            device="meta",
-        )
-        # On CPUs with AVX512-BF16 an evaluation would repack the weight for good, its block scales rounded to bf16:
-        # then training, evaluation and export no longer see the same numbers.
-        frozen.support_avx512bf16_for_cpu = False
-        frozen.weight = bnb.nn.Params4bit(
-            linear.weight.data, requires_grad=False, compress_statistics=double_quant, quant_type=base, module=frozen
-        )
-    if bias:
-        frozen.bias = nn.Parameter(linear.bias.data, requires_grad=False)
+    frozen = bnb.nn.Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        bias,
+        compute_dtype=compute_dtype,
+        compress_statistics=double_quant,
+        quant_type=base,
+        device="meta",
+    )
+    # On CPUs with AVX512-BF16 an evaluation would repack the weight for good, its block scales rounded to bf16:
+    # then training, evaluation and export no longer see the same numbers.
+    frozen.support_avx512bf16_for_cpu = False
+    return frozen
+
+
+def settle(
+    frozen: bnb.nn.Linear4bit | bnb.nn.Linear8bitLt, bias: torch.Tensor | None, device: torch.device
+) -> nn.Module:
+    """The shell, its weight given, with its bias on ``device``: a weight that is not quantized yet is by that move."""
+    if bias is not None:
+        frozen.bias = nn.Parameter(bias.data, requires_grad=False)
     frozen = frozen.to(device)
     if isinstance(frozen, bnb.nn.Linear8bitLt):
         # The first forward would move codes and scales from the weight to the state; PEFT's DoRA looks before that.

@@ -1,0 +1,48 @@
+"""AQLM directories, through transformers and the package that has their kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from qtrain.errors import ModelError
+
+
+def load(
+    directory: Path,
+    header: Mapping[str, Any],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    compute_dtype: torch.dtype,
+    attention: str = "auto",
+) -> PreTrainedModel:
+    """The model with sums of codebook entries for weights (Egiazarian 2024, arXiv 2401.06118), frozen.
+
+    Its kernels compute in the dtype of their codebooks, ``dtype``.
+
+    Raises:
+        ModelError: the package is not installed; damaged files.
+    """
+    if find_spec("aqlm") is None:
+        raise ModelError(
+            "quant_method='aqlm' needs the package aqlm, which is not installed",
+            where=str(directory),
+            fix="pip install 'aqlm[gpu]>=1.1.6' ('aqlm[cpu]' without a GPU), or start from the 16-bit model",
+        )
+    chosen = {} if attention == "auto" else {"attn_implementation": attention}
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, use_safetensors=True, device_map={"": device}, **chosen
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        raise ModelError(" ".join(str(error).split())[:400], where=str(directory)) from None
+    model.requires_grad_(False)
+    model.eval()
+    return model

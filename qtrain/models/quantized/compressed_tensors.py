@@ -1,0 +1,221 @@
+"""compressed-tensors directories: packed words or bytes, each layer by the scheme whose target it matches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+from compressed_tensors.utils import match_targets
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from qtrain.errors import ModelError
+from qtrain.models.quantized.layer import InputScheme, QuantizedLayer, Reading, groups_of, linear_of, weight_spec
+from qtrain.models.quantized.tensors import FLOATS, TensorFiles
+from qtrain.modules.record import LinearRecord
+from qtrain.numerics.affine import QParams
+from qtrain.numerics.packing import unpack, words_of
+from qtrain.numerics.spec import Granularity, QuantSpec
+
+PACKED, BYTES = "pack-quantized", "int-quantized"
+PARTS = ("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
+INPUT_PARTS = ("input_scale", "input_zero_point")
+CACHE_PARTS = ("k_scale", "v_scale", "q_scale", "k_zero_point", "v_zero_point")
+FIX = "start from the 16-bit checkpoint it was made from"
+
+
+def read(tensors: TensorFiles, header: Mapping[str, Any], linears: Mapping[str, nn.Linear]) -> Reading:
+    """Layers with ``weight_packed`` int32 [out, in * b / 32] or ``weight`` int8 [out, in], and ``weight_scale``.
+
+    w = (q - z) s; ``weight_zero_point`` is packed along the outputs [out * b / 32, groups], or int8 as it is.
+
+    Raises:
+        ModelError: another format or scheme, tensors that contradict the header.
+    """
+    schemes = _schemes(header, tensors)
+    layers, taken = {}, set[str]()
+    for name in (key.removesuffix(".weight_scale") for key in tensors if key.endswith(".weight_scale")):
+        linear = linear_of(linears, name)
+        scheme = _scheme_of(name, linear, schemes, tensors)
+        layers[name] = _layer(tensors, name, linear, scheme)
+        taken |= {f"{name}.{part}" for part in (*PARTS, *INPUT_PARTS)} & set(tensors)
+    for key in tensors:
+        if key.endswith(".weight_packed") and key not in taken:
+            tensors.check(key.replace(".weight_packed", ".weight_scale"), [], FLOATS, "a packed weight")
+    cache = {key for key in tensors if key.rpartition(".")[2] in CACHE_PARTS}
+    notes = ("the scales of a quantized KV cache are not used",) if cache or header.get("kv_cache_scheme") else ()
+    was = "compressed-tensors (" + ", ".join(sorted({_format(scheme, header) for scheme in schemes.values()})) + ")"
+    return Reading(layers, frozenset(taken | cache), was, notes)
+
+
+def _schemes(header: Mapping[str, Any], tensors: TensorFiles) -> dict[str, QuantizationScheme]:
+    """Targets and their schemes."""
+    where = f"{tensors.directory}: quantization_config"
+    for key, rule in (
+        ("transform_config", "weights that a rotation belongs to are not read"),
+        ("sparsity_config", "sparse weights are not read"),
+    ):
+        content = header.get(key) or {}
+        if content.get("config_groups") or content.get("format", "dense") != "dense":
+            raise ModelError(f"{key} is set", where=where, rule=rule, fix=FIX)
+    try:
+        config = QuantizationConfig.model_validate(dict(header))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise ModelError(f"{key}: {first['msg']}", where=where, rule="as compressed-tensors has it") from None
+    schemes = {}
+    for scheme in config.config_groups.values():
+        assert isinstance(scheme, QuantizationScheme)  # names of presets are resolved by the validation
+        layout = _format(scheme, header)
+        if layout not in (PACKED, BYTES) or (scheme.weights is not None and scheme.weights.type != "int"):
+            raise ModelError(f"format={layout!r}", where=where, rule=f"{PACKED} and {BYTES} are read", fix=FIX)
+        if scheme.output_activations is not None:
+            raise ModelError(
+                "output_activations is set", where=where, rule="outputs of layers stay in 16 bits", fix=FIX
+            )
+        schemes.update(dict.fromkeys(scheme.targets, scheme))
+    return schemes
+
+
+def _format(scheme: QuantizationScheme, header: Mapping[str, Any]) -> str:
+    layout = scheme.format or header.get("format")
+    return str(getattr(layout, "value", layout))
+
+
+def _scheme_of(
+    name: str, linear: nn.Linear, schemes: Mapping[str, QuantizationScheme], tensors: TensorFiles
+) -> QuantizationScheme:
+    found = match_targets(name, linear, list(schemes))
+    if not found or schemes[found[0]].weights is None:
+        raise ModelError(
+            f"{name} is quantized, and no config group says how",
+            where=str(tensors.directory),
+            rule="a group's targets name the layer, match it with re:, or name its class; there is: "
+            + ", ".join(schemes),
+        )
+    return schemes[found[0]]
+
+
+def _layer(tensors: TensorFiles, name: str, linear: nn.Linear, scheme: QuantizationScheme) -> QuantizedLayer:
+    args = scheme.weights
+    assert args is not None  # _scheme_of
+    k, n, bits = linear.in_features, linear.out_features, args.num_bits
+    strategy = str(getattr(args.strategy, "value", args.strategy))
+    if strategy not in ("tensor", "channel", "group") or bits not in range(2, 9):
+        raise ModelError(
+            f"strategy={strategy!r} with num_bits={bits}",
+            where=f"{tensors.directory}: {name}",
+            rule="tensor, channel and group with 2 to 8 bits are read",
+            fix=FIX,
+        )
+    group_size = args.group_size if strategy == "group" else None
+    groups = groups_of(name, k, group_size)
+    weight = f"a weight [{n}, {k}] in {bits} bits, {strategy}" + (f" of {group_size}" if group_size else "")
+    packed = f"{name}.weight_packed" in tensors
+    if packed:
+        tensors.check(f"{name}.weight_shape", [2], [torch.int64, torch.int32], "a packed weight")
+        if tensors.get(f"{name}.weight_shape").tolist() != [n, k]:
+            raise ModelError(
+                f"weight_shape={tensors.get(f'{name}.weight_shape').tolist()}",
+                where=f"{tensors.where(f'{name}.weight_shape')}: {name}",
+                rule=f"this layer of the model is [{n}, {k}]",
+            )
+        tensors.check(f"{name}.weight_packed", [n, words_of(k, bits)], [torch.int32], weight)
+    else:
+        tensors.check(f"{name}.weight", [n, k], [torch.int8], weight)
+    key = f"{name}.weight_scale"
+    tensors.check(key, [1] if strategy == "tensor" and tensors.shape(key) == [1] else [n, groups], FLOATS, weight)
+    packed_points = False
+    if not args.symmetric:
+        key = f"{name}.weight_zero_point"
+        packed_points = tensors.dtype(key) == torch.int32  # before compressed-tensors packed them they were int8
+        points = [words_of(n, bits), groups] if packed_points else tensors.shape(f"{name}.weight_scale")
+        tensors.check(key, points, [torch.int32, torch.int8], weight)
+    if f"{name}.weight_g_idx" in tensors:
+        _check_order(tensors, f"{name}.weight_g_idx", k, group_size or k)
+    scale_dtype = tensors.dtype(f"{name}.weight_scale")
+    assert scale_dtype is not None  # checked
+    spec = weight_spec(bits, group_size, symmetric=args.symmetric, scale_dtype=scale_dtype)
+    load = partial(_record, tensors, name, spec, n, k, packed, packed_points)
+    return QuantizedLayer(spec, load, _inputs(tensors, name, scheme.input_activations))
+
+
+def _check_order(tensors: TensorFiles, key: str, columns: int, size: int) -> None:
+    tensors.check(key, [columns], [torch.int32, torch.int64], f"an input of {columns}")
+    order = tensors.get(key).long()
+    if not torch.equal(order, torch.arange(columns) // size):
+        raise ModelError(
+            "act-order: groups are no neighbours",
+            where=f"{tensors.where(key)}: {key}",
+            rule=f"groups are {size} neighbours, as every packed kernel has them",
+            fix="use a checkpoint made with actorder=weight or none, "
+            "or start from the 16-bit model with method.init=gptq",
+        )
+
+
+def _record(
+    tensors: TensorFiles, name: str, spec: QuantSpec, rows: int, columns: int, packed: bool, packed_points: bool
+) -> LinearRecord:
+    if packed:
+        codes = unpack(tensors.get(f"{name}.weight_packed"), spec.bits, columns)
+    else:
+        codes = tensors.get(f"{name}.weight")
+        _check_range(codes, spec, f"{tensors.where(f'{name}.weight')}: {name}.weight")
+    scale = tensors.scale(f"{name}.weight_scale")
+    zero_point = None
+    if not spec.symmetric:
+        key = f"{name}.weight_zero_point"
+        zero_point = tensors.get(key)
+        if packed_points:
+            zero_point = unpack(zero_point.t(), spec.bits, rows).t()
+        _check_range(zero_point, spec, f"{tensors.where(key)}: {key}")
+    if scale.ndim == 1:  # one for the whole tensor: the same numbers, a row each
+        scale, zero_point = scale.expand(rows, 1), None if zero_point is None else zero_point.expand(rows, 1)
+    return LinearRecord(codes, scale.contiguous(), None if zero_point is None else zero_point.contiguous(), spec)
+
+
+def _check_range(codes: Tensor, spec: QuantSpec, where: str) -> None:
+    low, high = int(codes.min()), int(codes.max())
+    if low < spec.quant_min or high > spec.quant_max:
+        raise ModelError(
+            f"numbers from {low} to {high}",
+            where=where,
+            rule=f"{spec.bits} bits hold {spec.quant_min} .. {spec.quant_max}",
+        )
+
+
+GRANULARITY: dict[str, Granularity] = {"tensor": "per_tensor", "token": "per_token", "group": "per_group"}
+
+
+def _inputs(tensors: TensorFiles, name: str, args: QuantizationArgs | None) -> InputScheme | None:
+    if args is None:
+        return None
+    strategy = str(getattr(args.strategy, "value", args.strategy))
+    if args.type != "int" or strategy not in GRANULARITY or (not args.dynamic and strategy != "tensor"):
+        raise ModelError(
+            f"input_activations: {args.type} {strategy}",
+            where=f"{tensors.directory}: {name}",
+            rule="inputs in int codes, dynamic per token, tensor or group, or static per tensor",
+            fix=FIX,
+        )
+    spec = QuantSpec(
+        format=f"int{args.num_bits}",
+        symmetric=args.symmetric,
+        granularity=GRANULARITY[strategy],
+        group_size=args.group_size if strategy == "group" else None,
+        convention="compressed-tensors",
+        scale_dtype="fp32",
+    )
+    if args.dynamic:
+        return InputScheme(spec)
+    key = f"{name}.input_scale"
+    tensors.check(key, [1], FLOATS, "a static input")
+    zero_point = None
+    if not args.symmetric:
+        tensors.check(f"{name}.input_zero_point", [1], [torch.int8], "a static asymmetric input")
+        zero_point = tensors.get(f"{name}.input_zero_point").reshape(1, 1)
+    return InputScheme(spec, QParams(tensors.scale(key).to(torch.float32).reshape(1, 1), zero_point))

@@ -1,0 +1,57 @@
+"""What a directory says of its quantization, before any of its tensors is looked at."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qtrain.errors import ModelError
+
+BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+"""Files of AutoGPTQ and AutoAWQ, from before config.json held the description, and what they describe."""
+
+
+def read_header(directory: Path) -> dict[str, Any] | None:
+    """``quantization_config`` of config.json (``compression_config`` in early compressed-tensors), with its method.
+
+    None where the weights are plain.
+
+    Raises:
+        ModelError: a file that is no JSON, or a description without a method.
+    """
+    config = _json(directory / "config.json")
+    header = config.get("quantization_config") or config.get("compression_config")
+    if header is None:
+        for name, method in BESIDE.items():
+            if (directory / name).is_file():
+                return {**_json(directory / name), "quant_method": method}
+        return None
+    if not isinstance(header, dict):
+        raise ModelError(f"quantization_config={header!r} is no object", where=str(directory / "config.json"))
+    if "quant_method" not in header:
+        bits = [key for key in ("load_in_4bit", "load_in_8bit") if header.get(key)]
+        if not bits:
+            raise ModelError(
+                "quantization_config has no quant_method",
+                where=str(directory / "config.json"),
+                rule="it names how the weights are stored: gptq, awq, compressed-tensors, hqq, bitsandbytes, ...",
+            )
+        return {**header, "quant_method": "bitsandbytes"}  # as its first versions wrote it
+    return {**header}
+
+
+def quant_method(directory: Path) -> str | None:
+    """The method that quantized the weights in ``directory``, None where they are plain."""
+    header = read_header(directory)
+    return None if header is None else str(header["quant_method"])
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"it cannot be read: {error}", where=str(path)) from None
+    if not isinstance(content, dict):
+        raise ModelError("it holds no object", where=str(path), rule="a model's configuration is a JSON object")
+    return content

@@ -1,0 +1,148 @@
+"""The tensors of a directory by name, read one at a time and checked before they are believed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from qtrain.errors import ModelError
+
+DTYPE_NAMES = {
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+}
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class TensorFiles:
+    """All safetensors of a directory: ``model.safetensors``, the shards of its index, or whatever there is.
+
+    Files stay open (mapped, not read); a tensor is in memory from ``get`` on.
+
+    Raises:
+        ModelError: files that are damaged or absent, an index that promises what no file holds.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._files: dict[str, Any] = {}
+        self._paths: dict[str, Path] = {}
+        index = directory / "model.safetensors.index.json"
+        promised: dict[str, str] = {}
+        if (directory / "model.safetensors").is_file():
+            paths = [directory / "model.safetensors"]
+        elif index.is_file():
+            promised = _weight_map(index)
+            paths = [directory / name for name in sorted(set(promised.values()))]
+        else:
+            paths = sorted(directory.glob("*.safetensors"))
+        if not paths:
+            raise ModelError(
+                "no *.safetensors",
+                where=str(directory),
+                rule="weights are read from safetensors alone: pickle runs code",
+            )
+        for path in paths:
+            self._open(path)
+        absent = sorted(set(promised) - set(self._files))
+        if absent:
+            raise ModelError(
+                f"{absent[0]} is not in {promised[absent[0]]}",
+                where=str(index),
+                rule="every tensor of the index is in the file it names",
+                fix="download the directory again",
+            )
+
+    def _open(self, path: Path) -> None:
+        try:
+            file: Any = safe_open(path, framework="pt")
+            names = file.keys()
+        except (OSError, SafetensorError) as error:
+            raise ModelError(
+                f"it cannot be read: {error}", where=str(path), fix="download the file again, whole"
+            ) from None
+        for name in names:
+            self._files[name], self._paths[name] = file, path
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def shape(self, name: str) -> list[int]:
+        """The shape, from the file's header alone."""
+        shape: list[int] = self._slice(name).get_shape()
+        return shape
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        """The dtype, from the file's header alone; None for one that no quantized checkpoint uses."""
+        stored = self._slice(name).get_dtype()
+        return next((dtype for dtype, its in DTYPE_NAMES.items() if its == stored), None)
+
+    def check(self, name: str, shape: list[int], dtypes: Collection[torch.dtype], weight: str) -> None:
+        """Whether a tensor is there and looks as its format has it.
+
+        Args:
+            weight: what the shape follows from, in words.
+
+        Raises:
+            ModelError: it is not, with what was expected.
+        """
+        found = self.shape(name)
+        if found != shape:
+            raise ModelError(f"{name} of shape {found}", where=self.where(name), rule=f"{weight} has {shape}")
+        if self.dtype(name) not in dtypes:
+            raise ModelError(
+                f"{name} in {self._slice(name).get_dtype()}",
+                where=self.where(name),
+                rule="stored as " + " or ".join(DTYPE_NAMES[dtype] for dtype in dtypes),
+            )
+
+    def get(self, name: str) -> Tensor:
+        """The tensor, on the CPU."""
+        self._slice(name)
+        tensor: Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+    def scale(self, name: str) -> Tensor:
+        """A tensor of scales, all finite."""
+        scale = self.get(name)
+        if not bool(scale.isfinite().all()):
+            raise ModelError(f"{name} holds NaN or inf", where=self.where(name), rule="scales are finite")
+        return scale
+
+    def where(self, name: str) -> str:
+        """The file that holds a tensor."""
+        return str(self._paths.get(name, self.directory))
+
+    def _slice(self, name: str) -> Any:
+        if name not in self._files:
+            raise ModelError(
+                f"{name} is missing",
+                where=str(self.directory),
+                rule="a quantized layer has all tensors of its format",
+                fix="download the directory again",
+            )
+        return self._files[name].get_slice(name)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        found: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"it is no index of shards: {error!r}", where=str(index)) from None
+    if outside := [name for name in found.values() if Path(name).name != name]:
+        raise ModelError(f"shard {outside[0]!r}", where=str(index), rule="shards lie beside their index")
+    return found
