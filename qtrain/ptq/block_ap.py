@@ -45,8 +45,9 @@ def block_ap(
 
     t is what enters block B in the full-precision model, x what enters it behind the blocks that were placed already:
     later blocks make up for errors of earlier ones (Chen 2024, arXiv 2407.11062). W, s and z are fp32 masters, fq as in
-    LSQ+ from the range of least squared error; Adam, cosine to 5 %; the epoch with the least error on the rows held
-    out is kept, or the start where none was better. Norms, biases and other layers of the block do not train.
+    LSQ+; they begin at the codes of ``options.start``, where the paper has round-to-nearest. Adam, cosine to 5 %; the
+    epoch with the least error on the rows held out is kept, or the start where none was better. Norms, biases and other
+    layers of the block do not train.
 
     Held at a time: the model, one block in training, and the hidden states of all rows twice, behind the blocks in
     full precision and behind the placed ones; in memory of the CPU or, with a ``cache``, in files (three of
@@ -143,7 +144,7 @@ def _one_tensor(rows: Tensor | Sequence[Tensor] | Sequence[Sequence[int]]) -> Te
 
 
 def _names_in_blocks(model: PreTrainedModel, specs: Mapping[str, QuantSpec]) -> tuple[str, list[list[str]]]:
-    """The full name of the list of blocks, and for each block the names of ``specs`` that lie in it."""
+    """The full name of the list of blocks, and the names of ``specs`` in each block up to the last that has one."""
     modules = dict(model.named_modules())
     blocks = decoder_blocks(model)[1]
     prefix = next(name for name, module in modules.items() if module is blocks)
@@ -162,7 +163,8 @@ def _names_in_blocks(model: PreTrainedModel, specs: Mapping[str, QuantSpec]) -> 
             )
         if spec.format not in INTEGER_BITS:
             raise ModelError(f"{spec.format} for {name!r}", rule="ranges of int2 .. int8 train")
-    return prefix, names
+    last = max((k for k, own in enumerate(names) if own), default=-1)
+    return prefix, names[: last + 1]
 
 
 def _linear(model: PreTrainedModel, name: str) -> nn.Linear:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from qtrain.modules.block_chain import Chain, row_order
-from qtrain.modules.config import QuantizerSection
 from qtrain.modules.quant_linear import QuantLinear
 from qtrain.modules.record import LinearRecord
-from qtrain.modules.swap import quantize_layer
 from qtrain.numerics.spec import QuantSpec
+from qtrain.ptq.block_start import record_of, start_records, trainable_copy
 from qtrain.ptq.config import BlockApSection
 
 FLOOR = 0.05
@@ -76,7 +74,8 @@ class BlockTraining:
             ticks: advanced once for each step.
         """
         held = self.split.held_out
-        block = trainable_copy(self.chain.blocks[k], specs)
+        start = start_records(self.options.start, self.chain, k, specs, inputs, self.split.trained)
+        block = trainable_copy(self.chain.blocks[k], start)
         before = least = self.chain.error(k, inputs, target, block, held)
         trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
         best = [parameter.detach().clone() for parameter in trained]
@@ -125,31 +124,6 @@ class BlockTraining:
             groups.append({"params": [layer.weight], "lr": weight_lr})
             groups.append({"params": list(layer.weight_quantizer.parameters()), "lr": self.options.range_lr})
         return groups
-
-
-def trainable_copy(block: nn.Module, specs: Mapping[str, QuantSpec]) -> nn.Module:
-    """The block with QuantLinears in fp32 in place of its linears: W, s and z train, from ranges of least error."""
-    own = copy.deepcopy(block).requires_grad_(False)
-    for name, spec in specs.items():
-        linear = own.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        # A step of 1e-5 is lost in a bf16 weight; the product still runs in the dtype of the block's input.
-        linear.weight = nn.Parameter(linear.weight.detach().to(torch.float32))
-        quantize_layer(linear, _learned(spec))
-    return own
-
-
-@torch.no_grad()
-def record_of(layer: nn.Module) -> LinearRecord:
-    """The codes and ranges that the layer multiplies with."""
-    assert isinstance(layer, QuantLinear) and layer.weight_quantizer is not None
-    codes, qparams = layer.codes()
-    return LinearRecord(codes, *qparams, layer.weight_quantizer.spec)
-
-
-def _learned(spec: QuantSpec) -> QuantizerSection:
-    """A quantizer of this spec whose range trains."""
-    return QuantizerSection.model_validate(spec.to_dict() | {"range": "learned", "calibrate": "mse"})
 
 
 def _cosine(done: float) -> float:

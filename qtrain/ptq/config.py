@@ -93,6 +93,9 @@ class BlockApSection(StartSection):
     implementation: ClassVar[str] = "qtrain.ptq.block_ap:block_ap"
     needs_text: ClassVar[bool] = True
 
+    start: Literal["mse", "gptq"] = Field(
+        "gptq", description="codes that each block begins at; what training makes of them is never worse"
+    )
     rows: int = Field(4096, ge=1, description="rows of training text; the paper's have 2048 tokens")
     epochs: int = Field(2, ge=1, description="passes of each block over them")
     batch_size: int = Field(2, ge=1, description="rows in a step")
