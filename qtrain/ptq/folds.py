@@ -19,6 +19,8 @@ from qtrain.ptq.inputs import shared_inputs
 
 TOLERANCE = 1e-5
 """Of a proof in float64; blocks round to fp32 inside all the same (norms, softmax)."""
+NEAREST = 8
+"""Sources that are tried, counted back from the group: it is the third at most in the families tested."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Fold:
 
     def apply(self, root: nn.Module, scale: Tensor) -> None:
         """Rewrite source and consumers in place; ``scale`` [rows of the source] is positive."""
+        scale = scale.to(torch.float64)  # each number is rounded once, to its own dtype
         _scale_rows(root.get_submodule(self.source), 1 / scale, self.offset)
         for name in self.consumers:
             _scale(root.get_parameter(f"{name}.weight"), scale[self.channel])
@@ -96,7 +99,8 @@ class _Trial:
 
     def candidates(self, group: Sequence[str]) -> Iterator[Fold]:
         """Sources whose rows come back as the features of the group's input; the one called last is tried first."""
-        for name in reversed(self.order[: self.order.index(group[0])]):
+        before = self.order[: self.order.index(group[0])]
+        for name in reversed(before[-NEAREST:]):
             source = self.root.get_submodule(name)
             for offset in (0.0,) if isinstance(source, nn.Linear) else (0.0, 1.0):
                 fold = Fold(name, offset, tuple(group), torch.empty(0))
@@ -135,6 +139,8 @@ class _Trial:
         _scale_rows(source, ramp, fold.offset)
         after = self._input(fold.consumers[0])
         _scale_rows(source, 1 / ramp, fold.offset)
+        if before.shape != after.shape or not len(before):
+            return None  # a router sent other tokens
         size = before.abs().amax(dim=0)
         ratio = (after * before).sum(dim=0) / before.square().sum(dim=0)
         place = (ratio - 1) * rows - 1
@@ -157,7 +163,7 @@ class _Trial:
                 pass
         finally:
             handle.remove()
-        return torch.cat([x.flatten(0, -2) for x in kept])
+        return torch.cat([x.flatten(0, -2) for x in kept]) if kept else torch.empty(0)
 
     def _order(self) -> list[str]:
         """Linears, and modules that hold a vector called weight, in order of their (first) calls."""
@@ -176,27 +182,17 @@ class _Trial:
         return list(called)
 
 
-@torch.no_grad()
 def _scale_rows(module: nn.Module, factor: Tensor, offset: float) -> None:
     """What the module gives, times ``factor`` [rows]."""
     weight = module.get_parameter("weight")
-    if offset:
-        wide = weight.to(_wide(weight))
-        weight.copy_((wide + offset) * factor.to(wide) - offset)
-    else:
-        _scale(weight, factor.unsqueeze(1) if weight.ndim == 2 else factor)
+    _scale(weight, factor.unsqueeze(1) if weight.ndim == 2 else factor, offset)
     if getattr(module, "bias", None) is not None:
         _scale(module.get_parameter("bias"), factor)
 
 
 @torch.no_grad()
-def _scale(parameter: Tensor, factor: Tensor) -> None:
-    wide = parameter.to(_wide(parameter))
-    parameter.copy_(wide * factor.to(wide))
-
-
-def _wide(parameter: Tensor) -> torch.dtype:
-    return torch.promote_types(parameter.dtype, torch.float32)
+def _scale(parameter: Tensor, factor: Tensor, offset: float = 0.0) -> None:
+    parameter.copy_((parameter.to(torch.float64) + offset) * factor - offset)
 
 
 def _plain_kernels(module: nn.Module) -> None:

@@ -171,11 +171,11 @@ def _checked(rows: Sequence[Tensor], start: Start[Any]) -> list[Tensor]:
 def _stages(groups: Sequence[list[str]]) -> list[list[list[str]]]:
     """Groups to quantize before the block runs again, in order of their calls.
 
-    One group each, but experts side by side, whose names differ in a number: a block of 64 would run 128 times.
+    One group each, but experts side by side, whose names differ in an index: a block of 64 would run 128 times.
     """
     stages: dict[tuple[str, ...], list[list[str]]] = {}
     for group in groups:
-        stages.setdefault(tuple(re.sub(r"\d+", "#", name) for name in group), []).append(group)
+        stages.setdefault(tuple(re.sub(r"\.\d+(?=\.|$)", ".#", name) for name in group), []).append(group)
     return list(stages.values())
 
 
