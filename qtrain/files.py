@@ -39,6 +39,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         temporary.chmod(0o777 & ~_umask())
         for file in temporary.rglob("*"):
             if file.is_file():
+                file.chmod(0o666 & ~_umask())  # some libraries write files that only the owner reads
                 _sync(file)
         # A directory cannot replace a filled one in a single step: the old one steps aside first.
         aside = path.with_name(f".{path.name}.old")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from qtrain.modules.record import LinearRecord
 from qtrain.numerics.packing import unpack
 from qtrain.numerics.spec import QuantSpec, ScaleDtype
 
-SPEC_NAMES: dict[torch.dtype, ScaleDtype] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+SPEC_NAMES: dict[torch.dtype, ScaleDtype] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def read_records(directory: Path) -> Iterator[tuple[str, LinearRecord]]:
@@ -55,7 +56,17 @@ def read_records(directory: Path) -> Iterator[tuple[str, LinearRecord]]:
                 codes = _unpacked(name, words, shape, scheme["num_bits"])
             else:
                 codes = read(name, "weight")
-            yield name, _record(name, codes, read(name, part), scheme)
+            record = _record(name, codes, _narrowed(read(name, part)), scheme)
+            if not scheme["symmetric"]:
+                points = unpack(read(name, "weight_zero_point").t(), scheme["num_bits"], len(codes)).t()
+                _check_shape(name, "weight_zero_point", points, list(record.scale.shape), "unpacked")
+                record = replace(record, zero_point=points.contiguous())
+            yield name, record
+
+
+def _narrowed(scale: Tensor) -> Tensor:
+    """Scales that fill no more than 16 bits, in those; beside zero points they may be stored in fp32."""
+    return next((scale.to(dtype) for dtype in SPEC_NAMES if torch.equal(scale.to(dtype).to(scale.dtype), scale)), scale)
 
 
 def _unpacked(name: str, words: Tensor, shape: Tensor, bits: int) -> Tensor:
@@ -72,9 +83,10 @@ def _record(name: str, codes: Tensor, scale: Tensor, scheme: dict[str, Any]) -> 
     _check_shape(name, "weight_scale", scale, [rows, columns // (size or columns)], whole)
     spec = QuantSpec(
         format=f"int{bits}",
+        symmetric=scheme["symmetric"],
         granularity="per_group" if size else "per_channel",
         group_size=size,
-        full_range=True,
+        full_range=scheme["symmetric"],
         scale_dtype=SPEC_NAMES[scale.dtype],
     )
     if codes.dtype != torch.int8 or int(codes.min()) < spec.quant_min or int(codes.max()) > spec.quant_max:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CompressedTensorsConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from qtrain.errors import ModelError
 from qtrain.models.config import ModelSection
@@ -42,6 +50,7 @@ def load_model(section: ModelSection, dtype: torch.dtype, *, device: torch.devic
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                 **source.loader_arguments,
                 **attention,
+                **_unpacking(section),
                 dtype=dtype,
                 revision=_revision(section),
                 trust_remote_code=section.trust_remote_code,
@@ -61,6 +70,17 @@ def is_quantized_export(section: ModelSection) -> bool:
     """Whether ``model.path`` is a directory whose weights transformers itself unpacks."""
     source = find_model(section)
     return source.kind == "directory" and '"quantization_config"' in (Path(source.location) / "config.json").read_text()
+
+
+def _unpacking(section: ModelSection) -> dict[str, Any]:
+    """compressed-tensors 0.20 under transformers 5.23 loads zero points only where it unpacks weights at once."""
+    if not is_quantized_export(section):
+        return {}
+    path = Path(find_model(section).location) / "config.json"
+    header = json.loads(path.read_text(encoding="utf-8"))["quantization_config"]
+    weights = [group.get("weights") or {} for group in header.get("config_groups", {}).values()]
+    asymmetric = any(not weight.get("symmetric", True) for weight in weights)
+    return {"quantization_config": CompressedTensorsConfig(dequantize=True)} if asymmetric else {}
 
 
 def _without_bars(section: ModelSection) -> AbstractContextManager[object]:

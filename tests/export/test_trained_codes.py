@@ -37,6 +37,9 @@ PACKED: dict[str, dict[str, Any]] = {
     "w4-tied": {"weight": {"format": "int4", "group_size": 32}, "embedding": {"format": "int8"}, "head": False},
     "w8": {"weight": {"format": "int8"}},
     "w2": {"weight": {"format": "int2", "group_size": 32, **LSQ}},
+    "w3": {"weight": {"format": "int3", "group_size": 32, **LSQ}},
+    "w3-asymmetric": {"weight": {"format": "int3", "group_size": 32, "symmetric": False, **LSQ}},
+    "w4-asymmetric-rows": {"weight": {"format": "int4", "symmetric": False}},
     "mixed": {
         "weight": {"format": "int4", "group_size": 32},
         "rules": {"*.down_proj": {"weight": {"format": "int8", "granularity": "per_channel"}}},
@@ -140,9 +143,13 @@ def test_another_convention_of_inputs_is_another_model(consumed: Path, tiny_mode
 
 KV4 = {"kv_cache": {"format": "int4", "symmetric": False, "site": "pre_rope", "share": "per_token"}}
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
-    "asymmetric": ({"weight": {"symmetric": False}}, "int4 asymmetric per_channel", "method.weight.symmetric=true"),
+    "asymmetric beside int8 inputs": (
+        {"weight": {"symmetric": False}, "activation": INT8},
+        "int4 asymmetric per_channel",
+        "method.weight.symmetric=true",
+    ),
     "mid_rise": ({"weight": {"format": "int2", "mid_rise": True}}, "int2 half-integer", "method.weight.mid_rise=false"),
-    "int3": ({"weight": {"format": "int3"}}, "int3 symmetric", "method.weight.format=int4"),
+    "int5": ({"weight": {"format": "int5"}}, "int5 symmetric", "method.weight.format=int8"),
     "fp8": ({"weight": {"format": "fp8_e4m3"}}, "fp8_e4m3", "method.weight.format=int8"),
     "per_tensor": ({"weight": {"granularity": "per_tensor"}}, "per_tensor", "method.weight.granularity=per_channel"),
     "w2a8": (

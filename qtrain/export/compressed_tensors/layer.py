@@ -44,15 +44,25 @@ def quantize_linear(
     return LinearRecord(codes, *qparams, spec)
 
 
-def byte_tensors(record: LinearRecord) -> dict[str, Tensor]:
+def byte_tensors(record: LinearRecord, _: torch.dtype) -> dict[str, Tensor]:
     """The tensors of a layer whose inputs are quantized too: weight int8 [out, in], weight_scale [out, groups]."""
     return {"weight": record.codes, "weight_scale": record.scale}
 
 
-def packed_tensors(record: LinearRecord) -> dict[str, Tensor]:
-    """The tensors of one layer: weight_packed int32 [out, in * bits / 32], weight_scale [out, groups], weight_shape."""
-    return {
+def packed_tensors(record: LinearRecord, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of one layer: weight_packed int32 [out, in * bits / 32], weight_scale [out, groups], weight_shape;
+    of an asymmetric one weight_zero_point too, int32 [out * bits / 32, groups], packed along the rows.
+
+    Args:
+        dtype: of the checkpoint. Weights that transformers unpacks at once, as it has to with zero points, get the
+            dtype of their scales, so those are stored in fp32 where the checkpoint is: the same numbers.
+    """
+    tensors = {
         "weight_packed": pack(record.codes, record.spec.bits),
         "weight_scale": record.scale,
         "weight_shape": torch.tensor(record.codes.shape, dtype=torch.int64),
     }
+    if record.zero_point is not None:
+        tensors["weight_scale"] = record.scale.to(torch.promote_types(record.scale.dtype, dtype))
+        tensors["weight_zero_point"] = pack(record.zero_point.t(), record.spec.bits).t().contiguous()
+    return tensors

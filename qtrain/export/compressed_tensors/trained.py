@@ -9,8 +9,8 @@ from qtrain.export.config import TrainedLayer
 from qtrain.numerics.spec import QuantSpec
 
 RULE = (
-    "compressed-tensors holds symmetric weights by row or group: int2, int4 or int8 alone, int4 or int8 beside inputs "
-    "in int8, symmetric, each token by its own extremes"
+    "compressed-tensors holds weights by row or group: int2, int3, int4 or int8 alone, symmetric or not; symmetric int4 "
+    "or int8 beside inputs in int8, symmetric, each token by its own extremes"
 )
 MERGED = "export.format=merged, which keeps the weights' levels as unpacked numbers"
 NEAREST = {"binary": "int2", "ternary": "int2", "int2": "int4", "int3": "int4"}
@@ -52,11 +52,11 @@ def needed_changes(weight: QuantSpec | None, activation: QuantSpec | None) -> di
     changes: dict[str, str] = {}
     if weight is None:
         return {} if activation is None else {"weight.format": "int8"}
-    held = ("int2", "int4", "int8") if activation is None else ("int4", "int8")
+    held = ("int2", "int3", "int4", "int8") if activation is None else ("int4", "int8")
     if weight.format not in held:
         near = NEAREST.get(weight.format, "int8")
         changes["weight.format"] = near if near in held else "int4"
-    if not weight.symmetric:
+    if not weight.symmetric and activation is not None:
         changes["weight.symmetric"] = "true"
     if weight.mid_rise:
         changes["weight.mid_rise"] = "false"

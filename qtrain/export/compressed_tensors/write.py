@@ -60,7 +60,7 @@ def write(
                     record = tensor.record()
                 else:
                     record = quantize_linear(tensor, plan.specs[name], options.scales, next(moments)[1])
-                for key, value in (byte_tensors if plan.activation else packed_tensors)(record).items():
+                for key, value in (byte_tensors if plan.activation else packed_tensors)(record, model.dtype).items():
                     shards.add(f"{name}.{key}", value)
                 quantized_bytes += shards.total_bytes - before
                 quantized_weights += record.codes.numel()

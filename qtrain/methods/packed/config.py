@@ -85,7 +85,7 @@ class PackedOptions(MethodSection):
     @classmethod
     def _only_codes(cls, weight: WeightSection) -> WeightSection:
         for key in UNUSED:
-            if key in weight.model_fields_set:
+            if getattr(weight, key) != WeightSection.model_fields[key].default:
                 raise ValueError(f"{key}: ranges of packed weights come from method.init, not from a quantizer's {key}")
         if weight.format == "binary" or weight.format.startswith("fp8"):
             raise ValueError(f"format: {weight.format} is not packed: int2 .. int8 or ternary are, such as int4")
