@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qtrain.modules.record import LinearRecord, Outliers
-from qtrain.numerics.affine import SCALE_DTYPES, QParams, dequantize, quantize
+from qtrain.numerics.affine import SCALE_DTYPES, QParams, dequantize, grouped, quantize
 from qtrain.numerics.ranges import search_qparams
 from qtrain.numerics.spec import QuantSpec
 from qtrain.ptq.config import SpqrSection
@@ -17,7 +17,7 @@ from qtrain.ptq.scale_refit import refit_scales
 from qtrain.ptq.start import Inputs, Start, Statistic
 
 ROUNDS = 2
-"""Alternations of outliers and ranges: the ranges without the outliers are narrower, which makes others stand out."""
+"""Alternations of outliers and ranges; a third changes the error by less than 0.1 %."""
 
 
 class Spqr(Start[SpqrSection]):
@@ -36,7 +36,7 @@ class Spqr(Start[SpqrSection]):
         Raises:
             ModelError: no Hessian, one of another shape, or numbers that are not finite.
         """
-        weight = weight.detach().to(torch.float32)
+        weight = weight.detach().to(torch.float32).contiguous()
         hessian = hessian_of(inputs, weight, "spqr")
         feedback = ErrorFeedback.of(hessian, self.options.damping)
         kept, qparams = _outliers(weight, spec, feedback.saliency(), self.options.outliers)
@@ -61,12 +61,17 @@ class Spqr(Start[SpqrSection]):
 def _outliers(weight: Tensor, spec: QuantSpec, saliency: Tensor, share: float) -> tuple[Tensor, QParams]:
     """Which weights stay, bool [out, in], and the ranges of the others.
 
-    An outlier counts as zero in its group's range: zero widens no range and, being a level, has no error (where the
-    spec is mid_rise it has half a step's, alike for all ranges tried but for their scale).
+    Ranges and outliers in turns; the first ranges leave out each group's largest weight. Ranges that reach for a
+    large weight leave it little error of its own, the cost falls on its neighbours: begun with them, the error was
+    twice as large on heavy-tailed layers, 10 % larger on SmolLM2's at 4 bits.
+
+    A weight that is left out counts as zero: zero widens no range and, being a level, has no error. Where the spec is
+    mid_rise zero is half a step off its level, which draws scales down by the little that a share of 1 % weighs.
     """
     count = max(1, round(share * weight.numel()))
-    kept = torch.zeros_like(weight, dtype=torch.bool)
-    qparams = search_qparams(weight, spec, saliency)
+    groups = grouped(weight, spec).abs()
+    kept = (groups == groups.amax(dim=-1, keepdim=True)).reshape(weight.shape)
+    qparams = search_qparams(weight.masked_fill(kept, 0.0), spec, saliency)
     for _ in range(ROUNDS):
         error = dequantize(quantize(weight, qparams, spec), qparams, spec) - weight
         chosen = (error.square_() * saliency).flatten().topk(count, sorted=False).indices
