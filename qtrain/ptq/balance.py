@@ -23,6 +23,8 @@ class Balancing(ABC):
     def balance(self, block: BlockText, specs: Mapping[str, QuantSpec]) -> None:
         """Rewrite the block in place, wherever a scale can move (``folds``); its function is unchanged."""
         folds = find_folds(block)
+        if not folds:
+            return
         inputs = block.inputs([fold.consumers for fold in folds], self.looks_at)
         for fold in folds:
             # Linears that stay in 16 bits take the scale along, but have no say in it.

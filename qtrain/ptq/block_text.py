@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qtrain.errors import DataError
 from qtrain.modules.blocks import Call, decoder_blocks, watch
 from qtrain.ptq.inputs import gather_inputs, shared_inputs
 from qtrain.ptq.start import Inputs, Statistic
@@ -124,6 +125,12 @@ class DecoderText:
         )
 
     def leave(self, block: BlockText) -> None:
-        """What the block gives now is what enters the next one."""
+        """What the block gives now is what enters the next one.
+
+        Raises:
+            DataError: NaN or inf.
+        """
         for i, output in enumerate(block.outputs()):
+            if not bool(output.isfinite().all()):
+                raise DataError(f"the output of {block.name!r} holds NaN or inf on row {i} of the calibration text")
             self.hidden[i] = output.cpu()

@@ -127,7 +127,7 @@ class _Walk:
             raise DataError(
                 f"no calibration token reached {min(missed)!r}",
                 rule="text flows through the decoder and its head alone",
-                fix=f"leave it as it is: modules_to_not_convert=[{min(missed)!r}]",
+                fix=f"leave it as it is: method.skip=[{min(missed)}]",
             )
         inputs = gather_inputs(groups, layers, _passes(self.model, layers, rows, context), self.start.statistic)
         return [self.quantize(name, inputs[name]) for name in names]

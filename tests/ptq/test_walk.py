@@ -15,8 +15,9 @@ from qtrain.modules.record import LinearRecord
 from qtrain.numerics.affine import choose_qparams, quantize
 from qtrain.numerics.spec import QuantSpec
 from qtrain.ptq.balance import Balancing
-from qtrain.ptq.config import RtnSection
+from qtrain.ptq.config import RtnSection, SmoothQuantSection
 from qtrain.ptq.gptq import gptq_codes
+from qtrain.ptq.smoothquant import SmoothQuant
 from qtrain.ptq.start import Inputs, Start, Statistic
 from qtrain.ptq.walk import quantize_blocks
 
@@ -341,3 +342,10 @@ def test_a_layer_outside_of_the_blocks_that_text_does_not_reach(tiny_llama: Llam
     tiny_llama.tower = nn.Linear(64, 64)
     with pytest.raises(DataError, match="no calibration token reached 'tower'"):
         quantize_blocks(tiny_llama, {"tower": SPEC}, Rounding("moments"), rows(5), place=rewrite)
+
+
+def test_states_that_are_not_finite_are_told_whatever_the_start_looks_at(tiny_llama: LlamaForCausalLM) -> None:
+    tiny_llama.model.layers[0].mlp.down_proj.weight.data[3] = float("inf")
+    specs = {name: spec for name, spec in linears(tiny_llama).items() if ".1." in name}
+    with pytest.raises(DataError, match=r"output of 'model\.layers\.0' holds NaN or inf"):
+        quantize_blocks(tiny_llama, specs, SmoothQuant(SmoothQuantSection()), rows(5), place=rewrite)
