@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable
 from typing import Any
@@ -190,7 +189,10 @@ def test_aqlm_names_its_package(make_checkpoint: Make, monkeypatch: pytest.Monke
         load_codebooks(made.directory, torch.float32, compute_dtype=torch.float32)
     with pytest.raises(ModelError, match=r"aqlm(.|\n)*method\.name=qlora"):
         read_quantized(made.directory)
-    assert importlib.util.find_spec("transformers") is not None
+    monkeypatch.setattr(aqlm, "find_spec", lambda name: object())
+    monkeypatch.delenv("NUMBA_NUM_THREADS", raising=False)
+    with pytest.raises(ModelError, match="NUMBA_NUM_THREADS=1"):
+        load_codebooks(made.directory, torch.float32, compute_dtype=torch.float32)
 
 
 def test_integers_are_no_codebooks(make_checkpoint: Make) -> None:

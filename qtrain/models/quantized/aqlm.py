@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,13 +29,21 @@ def load(
     Its kernels compute in the dtype of their codebooks, ``dtype``.
 
     Raises:
-        ModelError: the package is not installed; damaged files.
+        ModelError: the package is not installed; a CPU with several threads; damaged files.
     """
     if find_spec("aqlm") is None:
         raise ModelError(
             "quant_method='aqlm' needs the package aqlm, which is not installed",
             where=str(directory),
             fix="pip install 'aqlm[gpu]>=1.1.6' ('aqlm[cpu]' without a GPU), or start from the 16-bit model",
+        )
+    # Its CPU kernel adds into one vector from all threads at once: sums off by 0.5 on two cores, right on one.
+    if device.type == "cpu" and os.environ.get("NUMBA_NUM_THREADS") != "1":
+        raise ModelError(
+            "AQLM on a CPU, with several threads",
+            where=str(directory),
+            rule="aqlm 1.1.7 adds partial sums up without a lock",
+            fix="NUMBA_NUM_THREADS=1 in the environment, or a GPU",
         )
     chosen = {} if attention == "auto" else {"attn_implementation": attention}
     try:

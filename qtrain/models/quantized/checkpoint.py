@@ -74,8 +74,11 @@ class QuantizedCheckpoint:
         return [f"base        {self.was}: {what}", *(f"            {note}" for note in self.notes)]
 
 
-def read_quantized(directory: Path) -> QuantizedCheckpoint:
+def read_quantized(directory: Path, *, whole_zero_points: bool = True) -> QuantizedCheckpoint:
     """Look at all headers of a GPTQ, AWQ, compressed-tensors or HQQ directory, and check them against one another.
+
+    Args:
+        whole_zero_points: refuse HQQ's fractions, which no integer kernel takes; False for who multiplies in floats.
 
     Raises:
         ModelError: plain weights, another method, a layout that is not read, damaged files.
@@ -101,6 +104,13 @@ def read_quantized(directory: Path) -> QuantizedCheckpoint:
         )
     notes = reading.notes
     if odd := [name for name, layer in reading.layers.items() if not layer.whole_zero_points]:
+        if whole_zero_points:
+            raise ModelError(
+                f"zero points of {len(odd)} layers are no whole numbers, the first of {odd[0]}",
+                where=str(directory),
+                rule="packed integers have integers for zero points",
+                fix="start from the 16-bit model with method.init=hqq: it rounds them and solves the scales again",
+            )
         notes += (f"zero points of {len(odd)} layers are no whole numbers: no integer kernel takes them",)
     return QuantizedCheckpoint(
         directory=directory,
