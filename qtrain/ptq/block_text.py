@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -54,7 +55,8 @@ class BlockText:
 
     def outputs(self) -> Iterator[Tensor]:
         """What the block gives for each row [b, L, d], as it is at the moment."""
-        device = next(self.module.parameters()).device
+        # A block whose layers are packed may have no parameter left.
+        device = next(chain(self.module.parameters(), self.module.buffers())).device
         for hidden, call in zip(self.hidden, self.calls, strict=True):
             # Not around the yield: whoever advances this would run in the context too.
             with self.context(), torch.no_grad():

@@ -25,6 +25,8 @@ from transformers import (
     MixtralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
+    OlmoConfig,
+    OlmoForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PhiConfig,
@@ -67,6 +69,8 @@ FAMILIES = {
     "gemma": (GemmaConfig, GemmaForCausalLM, {"num_key_value_heads": 1, "head_dim": 16}, GATED),
     "gemma2": (Gemma2Config, Gemma2ForCausalLM, SHARED_HEADS | {"head_dim": 16}, GEMMA2),
     "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM, SHARED_HEADS | {"head_dim": 16}, GEMMA2),
+    # Norms without weights.
+    "olmo": (OlmoConfig, OlmoForCausalLM, SHARED_HEADS, [GATED[1], GATED[3]]),
     # Norms after the sublayers: nothing feeds q, k, v and gate, up but the residual stream.
     "olmo2": (Olmo2Config, Olmo2ForCausalLM, SHARED_HEADS, [GATED[1], GATED[3]]),
     # The router and the experts' fused weights take the same norm's output.
@@ -93,11 +97,11 @@ FAMILIES = {
 }
 
 
-def family(name: str, **changes: object) -> PreTrainedModel:
+def family(name: str) -> PreTrainedModel:
     """A tiny random model whose norms and biases are no ones and zeros."""
     config, model_class, own, _ = FAMILIES[name]
     torch.manual_seed(0)
-    model: PreTrainedModel = model_class(config(**(SIZES | own | changes))).eval()
+    model: PreTrainedModel = model_class(config(**(SIZES | own))).eval()
     for parameter in model.parameters():
         if parameter.ndim == 1:
             parameter.data += 0.2 * torch.randn_like(parameter)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
+from transformers import LlamaForCausalLM, OlmoConfig, OlmoForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
 
 from qtrain.errors import DataError, ModelError
 from qtrain.modules.record import LinearRecord
@@ -173,6 +173,33 @@ def test_layers_may_be_replaced_while_the_walk_goes_on(tiny_llama: LlamaForCausa
     assert tiny_llama.get_submodule("model.layers.1.mlp.down_proj").training
     assert all(torch.equal(a, b) for a, b in zip(tiny_llama.parameters(), by_hand.parameters(), strict=True))
     assert not any(module._forward_pre_hooks for module in tiny_llama.modules())
+
+
+class Packed(nn.Module):
+    """A quantized layer that has no parameters."""
+
+    def __init__(self, record: LinearRecord) -> None:
+        super().__init__()
+        self.register_buffer("levels", record.dequantize())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.get_buffer("levels").T
+
+
+def test_blocks_may_be_left_without_parameters() -> None:
+    config = OlmoConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, vocab_size=500
+    )
+    model, spec = OlmoForCausalLM(config).eval(), QuantSpec("int4", group_size=16)
+    quantize_blocks(
+        model,
+        dict.fromkeys(linears(model), spec),
+        SmoothQuant(SmoothQuantSection()),
+        rows(9),
+        place=lambda name, linear, record: model.set_submodule(name, Packed(record)),
+    )
+    assert not list(model.model.layers.parameters())
+    assert bool(model(rows(9)[0]).logits.isfinite().all())
 
 
 def test_without_statistics_no_text_is_wanted_and_nothing_runs(tiny_llama: LlamaForCausalLM) -> None:
