@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
@@ -13,7 +13,15 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from qtrain.errors import ModelError
-from qtrain.models.quantized.layer import InputScheme, QuantizedLayer, Reading, groups_of, linear_of, weight_spec
+from qtrain.models.quantized.layer import (
+    InputScheme,
+    QuantizedLayer,
+    Reading,
+    groups_of,
+    linear_of,
+    signed,
+    weight_spec,
+)
 from qtrain.models.quantized.tensors import FLOATS, TensorFiles
 from qtrain.modules.record import LinearRecord
 from qtrain.numerics.affine import QParams
@@ -115,7 +123,7 @@ def _layer(tensors: TensorFiles, name: str, linear: nn.Linear, scheme: Quantizat
     group_size = args.group_size if strategy == "group" else None
     groups = groups_of(name, k, group_size)
     weight = f"a weight [{n}, {k}] in {bits} bits, {strategy}" + (f" of {group_size}" if group_size else "")
-    packed = f"{name}.weight_packed" in tensors
+    packed, apart = f"{name}.weight_packed" in tensors, False
     if packed:
         tensors.check(f"{name}.weight_shape", [2], [torch.int64, torch.int32], "a packed weight")
         if tensors.get(f"{name}.weight_shape").tolist() != [n, k]:
@@ -124,7 +132,8 @@ def _layer(tensors: TensorFiles, name: str, linear: nn.Linear, scheme: Quantizat
                 where=f"{tensors.where(f'{name}.weight_shape')}: {name}",
                 rule=f"this layer of the model is [{n}, {k}]",
             )
-        tensors.check(f"{name}.weight_packed", [n, words_of(k, bits)], [torch.int32], weight)
+        apart = _is_apart(tensors.shape(f"{name}.weight_packed"), k, bits)
+        tensors.check(f"{name}.weight_packed", [n, _words(k, bits, apart)], [torch.int32], weight)
     else:
         tensors.check(f"{name}.weight", [n, k], [torch.int8], weight)
     key = f"{name}.weight_scale"
@@ -133,14 +142,14 @@ def _layer(tensors: TensorFiles, name: str, linear: nn.Linear, scheme: Quantizat
     if not args.symmetric:
         key = f"{name}.weight_zero_point"
         packed_points = tensors.dtype(key) == torch.int32  # before compressed-tensors packed them they were int8
-        points = [words_of(n, bits), groups] if packed_points else tensors.shape(f"{name}.weight_scale")
+        points = [_words(n, bits, apart), groups] if packed_points else tensors.shape(f"{name}.weight_scale")
         tensors.check(key, points, [torch.int32, torch.int8], weight)
     if f"{name}.weight_g_idx" in tensors:
         _check_order(tensors, f"{name}.weight_g_idx", k, group_size or k)
     scale_dtype = tensors.dtype(f"{name}.weight_scale")
     assert scale_dtype is not None  # checked
     spec = weight_spec(bits, group_size, symmetric=args.symmetric, scale_dtype=scale_dtype)
-    load = partial(_record, tensors, name, spec, n, k, packed, packed_points)
+    load = partial(_record, tensors, name, spec, [n, k], _Layout(packed, packed_points, apart))
     return QuantizedLayer(spec, load, _inputs(tensors, name, scheme.input_activations))
 
 
@@ -157,11 +166,24 @@ def _check_order(tensors: TensorFiles, key: str, columns: int, size: int) -> Non
         )
 
 
-def _record(
-    tensors: TensorFiles, name: str, spec: QuantSpec, rows: int, columns: int, packed: bool, packed_points: bool
-) -> LinearRecord:
-    if packed:
-        codes = unpack(tensors.get(f"{name}.weight_packed"), spec.bits, columns)
+class _Layout(NamedTuple):
+    """How a layer's tensors hold its codes.
+
+    Attributes:
+        packed: the weight in words, not in bytes.
+        packed_points: its zero points too.
+        apart: whole fields a word, as compressed-tensors had it up to 0.17: ten of 3 bits, and 2 bits of nothing.
+    """
+
+    packed: bool
+    packed_points: bool
+    apart: bool
+
+
+def _record(tensors: TensorFiles, name: str, spec: QuantSpec, shape: list[int], layout: _Layout) -> LinearRecord:
+    rows, columns = shape
+    if layout.packed:
+        codes = _unpacked(tensors.get(f"{name}.weight_packed"), spec.bits, columns, layout.apart)
     else:
         codes = tensors.get(f"{name}.weight")
         _check_range(codes, spec, f"{tensors.where(f'{name}.weight')}: {name}.weight")
@@ -170,12 +192,29 @@ def _record(
     if not spec.symmetric:
         key = f"{name}.weight_zero_point"
         zero_point = tensors.get(key)
-        if packed_points:
-            zero_point = unpack(zero_point.t(), spec.bits, rows).t()
+        if layout.packed_points:
+            zero_point = _unpacked(zero_point.t(), spec.bits, rows, layout.apart).t()
         _check_range(zero_point, spec, f"{tensors.where(key)}: {key}")
     if scale.ndim == 1:  # one for the whole tensor: the same numbers, a row each
         scale, zero_point = scale.expand(rows, 1), None if zero_point is None else zero_point.expand(rows, 1)
     return LinearRecord(codes, scale.contiguous(), None if zero_point is None else zero_point.contiguous(), spec)
+
+
+def _is_apart(shape: list[int], columns: int, bits: int) -> bool:
+    """Whether the words are those of whole fields: more than a stream of bits takes, from some 30 columns on."""
+    return shape[-1] != words_of(columns, bits) and shape[-1] == _words(columns, bits, apart=True)
+
+
+def _words(columns: int, bits: int, apart: bool) -> int:
+    return -(-columns // (32 // bits)) if apart else words_of(columns, bits)
+
+
+def _unpacked(words: Tensor, bits: int, columns: int, apart: bool) -> Tensor:
+    """Words int32 [rows, words] as codes int8 [rows, columns]."""
+    if not apart:
+        return unpack(words, bits, columns)
+    fields = [(words >> (bits * field)) & ((1 << bits) - 1) for field in range(32 // bits)]
+    return signed(torch.stack(fields, dim=-1).reshape(len(words), -1)[:, :columns], bits)
 
 
 def _check_range(codes: Tensor, spec: QuantSpec, where: str) -> None:
