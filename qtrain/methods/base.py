@@ -24,12 +24,18 @@ def load_base(section: ModelSection, method: MethodSection, dtype: torch.dtype) 
     """``model.path``, packed where ``method.init=checkpoint``; what is not quantized is in ``dtype``.
 
     Raises:
-        ModelError: codes that another ``method.init`` would quantize a second time.
+        ModelError: no codes to keep, or codes that another ``method.init`` would quantize a second time.
     """
     init = getattr(method, "init", None)
     source = find_model(section)
     if init == KEPT:
         directory = Path(source.location)
+        if source.kind == "gguf" or (source.kind == "directory" and quant_method(directory) is None):
+            raise ModelError(
+                "method.init=checkpoint keeps the codes of a quantized checkpoint, and model.path holds 16-bit weights",
+                where=source.location,
+                fix="a GPTQ, AWQ or compressed-tensors directory as model.path, or method.init=gptq",
+            )
         if source.kind == "hub":
             files = ["*.safetensors", "*.json"]
             directory = Path(snapshot_download(source.location, revision=section.revision, allow_patterns=files))

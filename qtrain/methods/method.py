@@ -49,11 +49,13 @@ class Method(ABC, Generic[Options]):
         device: torch.device,
         progress: Progress | None = None,
         text: Text | None = None,
+        scratch: Path | None = None,
     ) -> nn.Module:
         """Swap layers of ``model`` and freeze what does not train; the result lies on ``device``.
 
         Args:
             text: of the training, for methods whose frozen part is chosen by what flows into the layers.
+            scratch: directory from which a long preparation goes on when it was stopped.
         """
 
     @abstractmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -58,7 +59,7 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
     if config.run.resume and checkpoint is None:
         say(f"no checkpoint in {run.checkpoints} yet: starting from the beginning")
     kept = run.kept_base() if checkpoint and build_method(config.method).keeps_base else None
-    module = LanguageModule(config, progress=progress_over("quantizing"), packed=kept)
+    module = LanguageModule(config, progress=progress_over("quantizing"), packed=kept, scratch=run.scratch)
     data = LanguageData(config.data, module.tokenizer, seed=config.run.seed)
     data.setup("fit")
     say(data.summary.lines(), title="data")
@@ -80,6 +81,7 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
         run.clear()
         if module.method.keeps_base:
             save_packed(module.method.plain_model(module.model), run.base)
+            shutil.rmtree(run.scratch, ignore_errors=True)
     save_config(config, run.config)
     write_json(run.result("data"), data.summary.to_dict())
     trainer.loggers = loggers(config, run.path, step)

@@ -52,6 +52,7 @@ class LanguageModule(L.LightningModule):
         tokenizer: likewise.
         progress: wraps the loop over layers while the base is quantized.
         packed: directory of a packed base that takes the place of quantizing one, as RUN/base holds it.
+        scratch: directory from which a long preparation goes on when it was stopped.
     """
 
     strict_loading = False  # checkpoints hold what trains; the base comes from model.path
@@ -64,6 +65,7 @@ class LanguageModule(L.LightningModule):
         tokenizer: PreTrainedTokenizerBase | None = None,
         progress: Progress | None = None,
         packed: Path | None = None,
+        scratch: Path | None = None,
     ) -> None:
         super().__init__()
         config.distill.check_streaming(config.data.streaming)
@@ -71,7 +73,8 @@ class LanguageModule(L.LightningModule):
         self.method = build_method(config.method)
         self.model: nn.Module | None = None
         self.loss_path = self.fused = ""
-        self._base, self._tokenizer, self._progress, self._packed = base, tokenizer, progress, packed
+        self._base, self._tokenizer, self._progress = base, tokenizer, progress
+        self._packed, self._scratch = packed, scratch
         self._loss: Loss | None = None
         self._objective: Loss | None = None  # of the training: the loss, or the divergence from a teacher
         self._window: list[Tensor] = []  # (loss, tokens) of the micro-batches since the last step

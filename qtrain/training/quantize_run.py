@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from typing import Any
 
@@ -45,7 +46,7 @@ def quantize_run(config: Config, run: RunDirectory) -> dict[str, Any]:
     device = best_device()
     storage, compute = resolve_dtypes(config.model.dtype, config.method.compute_dtype, device)
     base = load_base(config.model, config.method, storage)
-    module = LanguageModule(config, base=base, progress=progress_over("quantizing"))
+    module = LanguageModule(config, base=base, progress=progress_over("quantizing"), scratch=run.scratch)
     data = LanguageData(config.data, module.tokenizer, seed=config.run.seed)
     measured = config.data.validation is not None
     for stage, wanted in (("fit", config.data.train is not None), ("validate", measured)):
@@ -64,6 +65,7 @@ def quantize_run(config: Config, run: RunDirectory) -> dict[str, Any]:
     run.clear()
     save_config(config, run.config)
     save_packed(plain, run.base)
+    shutil.rmtree(run.scratch, ignore_errors=True)
     module.tokenizer.save_pretrained(run.base)
     say(module.method.lines(model), title="model")
     figures = {

@@ -44,6 +44,11 @@ class RunDirectory:
         return self.path / "base"
 
     @property
+    def scratch(self) -> Path:
+        """From where a long preparation goes on when it was stopped; gone once the base is written."""
+        return self.path / "scratch"
+
+    @property
     def trained(self) -> Path | None:
         """What was trained: adapters in PEFT's layout, weights with the ranges of their quantizers, or scales; the
         packed base itself where nothing trains.

@@ -15,6 +15,7 @@ from qtrain.numerics.spec import QuantSpec
 from qtrain.ptq.config import (
     STARTS,
     AwqSection,
+    BlockApSection,
     GptqSection,
     HqqSection,
     SmoothQuantSection,
@@ -33,8 +34,8 @@ class PackedOptions(MethodSection):
     """Linear layers whose weights lie in packed integers."""
 
     weight: WeightSection = Field(
-        default_factory=lambda: WeightSection(format="int4", group_size=64),
-        description="of every linear layer: format int2 .. int8, symmetric, granularity, group_size",
+        default_factory=WeightSection,
+        description="of every linear layer: format int2 .. int8, symmetric, group_size; without one a scale a row",
     )
     rules: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description='other keys for layers by name: {"*.down_proj": {weight: {format: int8}}}'
@@ -52,6 +53,7 @@ class PackedOptions(MethodSection):
         default_factory=SmoothQuantSection, description="options of init=smoothquant"
     )
     spqr: SpqrSection = Field(default_factory=SpqrSection, description="options of init=spqr")
+    block_ap: BlockApSection = Field(default_factory=BlockApSection, description="options of init=block_ap")
 
     @property
     def start(self) -> StartSection:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import ClassVar, TypeVar
 
 import torch
@@ -36,10 +37,11 @@ class PackedMethod(Method[Options]):
         device: torch.device,
         progress: Progress | None = None,
         text: Text | None = None,
+        scratch: Path | None = None,
     ) -> nn.Module:
         """Pack the linear layers as the starting point says, unless they are packed; freeze all of it."""
         context = partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=compute_dtype == torch.bfloat16)
-        pack_layers(model, self.options, device=device, text=text, context=context, progress=progress)
+        pack_layers(model, self.options, device=device, text=text, context=context, progress=progress, scratch=scratch)
         return model
 
     def plain_model(self, model: nn.Module) -> PreTrainedModel:

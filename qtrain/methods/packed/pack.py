@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from qtrain.modules.packed_identity import packed_layers
 from qtrain.modules.packed_linear import PackedLinear
 from qtrain.modules.record import LinearRecord
 from qtrain.numerics.spec import QuantSpec
+from qtrain.ptq.config import BlockApSection
 from qtrain.ptq.start import Start
 from qtrain.ptq.walk import quantize_blocks
 from qtrain.registry import resolve
@@ -33,6 +35,7 @@ def pack_layers(
     text: Text | None = None,
     context: Context = nullcontext,
     progress: Progress | None = None,
+    scratch: Path | None = None,
 ) -> None:
     """Replace linear layers by packed ones, in place, and move the rest to ``device``; all of it frozen.
 
@@ -50,7 +53,7 @@ def pack_layers(
                 "method.init=checkpoint keeps the codes of a quantized checkpoint, and model.path holds 16-bit weights",
                 fix="a GPTQ, AWQ or compressed-tensors directory as model.path, or method.init=gptq",
             )
-        _choose(model, options, device, text, context, progress)
+        _choose(model, options, device, text, context, progress, scratch)
     model.to(device)  # type: ignore[arg-type]
 
 
@@ -90,18 +93,19 @@ def _choose(
     text: Text | None,
     context: Context,
     progress: Progress | None,
+    scratch: Path | None,
 ) -> None:
     chosen = layers_to_pack(model, options)
-    start: Start[Any] = resolve(options.start.implementation)(options.start)
+    by_blocks = isinstance(options.start, BlockApSection)
     rows: Sequence[Tensor] = ()
     if options.start.needs_text:
         if text is None:
             raise DataError(
                 f"method.init={options.init} looks at text, and there is none",
-                rule="it takes method.calibration_rows rows of data.train",
+                rule="it takes rows of data.train",
                 fix="set data.train, or a start that needs none: method.init=hqq",
             )
-        rows = text(options.calibration_rows)
+        rows = text(options.start.rows if isinstance(options.start, BlockApSection) else options.calibration_rows)
         model.to(device)  # type: ignore[arg-type]
     specs = {name: _spec(asked["weight"]) for name, asked in chosen.items()}
 
@@ -110,7 +114,14 @@ def _choose(
         activation = chosen[name]["activation"]
         model.set_submodule(name, PackedLinear.from_record(record, bias, activation).to(device))
 
-    quantize_blocks(model, specs, start, rows, place=place, context=context, progress=progress)
+    run = resolve(options.start.implementation)
+    if by_blocks:
+        longest = max((row.shape[1] for row in rows), default=0)
+        whole = [row for row in rows if row.shape[1] == longest]
+        run(model, specs, whole, place=place, options=options.start, context=context, cache=scratch, progress=progress)
+    else:
+        start: Start[Any] = run(options.start)
+        quantize_blocks(model, specs, start, rows, place=place, context=context, progress=progress)
 
 
 def _spec(section: QuantizerSection | None) -> QuantSpec:

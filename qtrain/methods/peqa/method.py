@@ -34,9 +34,12 @@ class Peqa(PackedMethod[PeqaOptions]):
         device: torch.device,
         progress: Progress | None = None,
         text: Text | None = None,
+        scratch: Path | None = None,
     ) -> nn.Module:
         """Pack the linear layers, then let their scales train."""
-        packed = super().prepare(model, compute_dtype=compute_dtype, device=device, progress=progress, text=text)
+        packed = super().prepare(
+            model, compute_dtype=compute_dtype, device=device, progress=progress, text=text, scratch=scratch
+        )
         for layer in packed_layers(packed).values():
             layer.train_ranges(zero_points=self.options.zero_points)
         return packed

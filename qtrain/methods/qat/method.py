@@ -51,6 +51,7 @@ class Qat(Method[QatOptions]):
         device: torch.device,
         progress: Progress | None = None,
         text: Text | None = None,
+        scratch: Path | None = None,
     ) -> nn.Module:
         """Swap linears (and the embedding) for their fake-quantized twins; all of it trains, or adapters and ranges.
 

@@ -41,6 +41,7 @@ class QLora(Method[QLoraOptions]):
         device: torch.device,
         progress: Progress | None = None,
         text: Text | None = None,
+        scratch: Path | None = None,
     ) -> PeftModel:
         """Freeze and quantize the base, layer by layer, then add the adapters.
 
