@@ -71,7 +71,8 @@ def load_packed(
             packed.input_quantizer = _input_quantizer(layer.inputs)
         model.set_submodule(name, packed.to(device))
     model.requires_grad_(False)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _parts(layer: PackedLinear) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,8 +22,9 @@ FORMATS = ("int2", "int3", "int4", "int5", "int8", "ternary")
 
 
 def spec_of(format: str, symmetric: bool, group_size: int | None, **others: Any) -> QuantSpec:
-    granularity = "per_group" if group_size else "per_channel"
-    return QuantSpec(format, symmetric or format == "ternary", granularity, group_size, **others)
+    if group_size is None:
+        return QuantSpec(format, symmetric or format == "ternary", "per_channel", None, **others)
+    return QuantSpec(format, symmetric or format == "ternary", "per_group", group_size, **others)
 
 
 def record_of(spec: QuantSpec, out: int, columns: int, seed: int = 0, outliers: int = 0) -> LinearRecord:
@@ -34,6 +36,16 @@ def record_of(spec: QuantSpec, out: int, columns: int, seed: int = 0, outliers: 
         index = torch.randperm(weight.numel(), generator=generator)[:outliers].sort().values
         taken = Outliers(index.to(torch.int32), (3 * weight.flatten()[index]).to(qparams.scale.dtype))
     return LinearRecord(quantize(weight, qparams, spec), *qparams, spec, taken)
+
+
+def keeping(kept: list[Tensor]) -> Callable[[Tensor], Tensor]:
+    """A hook that notes what is saved."""
+
+    def note(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    return note
 
 
 def by_hand(record: LinearRecord, scale: Tensor, zero: Tensor | None) -> Tensor:
@@ -144,7 +156,7 @@ def test_the_backward_keeps_one_activation_and_no_weight(group_size: int | None,
     layer.train_ranges()
     kept: list[Tensor] = []
     x = torch.randn(5, 16, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(keeping(kept), lambda t: t):
         y = layer(x)
     shapes = sorted(tuple(t.shape) for t in kept)
     assert shapes == sorted([(5, 16) if saves_input else (5, 24), tuple(layer.scale.shape)])
@@ -154,7 +166,7 @@ def test_the_backward_keeps_one_activation_and_no_weight(group_size: int | None,
 def test_a_frozen_layer_keeps_no_activation() -> None:
     layer = PackedLinear.from_record(record_of(spec_of("int4", True, 8), 24, 16))
     kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(keeping(kept), lambda t: t):
         layer(torch.randn(5, 16, requires_grad=True))
     assert [tuple(t.shape) for t in kept] == [(24, 2)]
 
