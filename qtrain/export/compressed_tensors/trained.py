@@ -9,8 +9,8 @@ from qtrain.export.config import TrainedLayer
 from qtrain.numerics.spec import QuantSpec
 
 RULE = (
-    "compressed-tensors holds weights by row or group: int2, int3, int4 or int8 alone, symmetric or not; symmetric int4 "
-    "or int8 beside inputs in int8, symmetric, each token by its own extremes"
+    "compressed-tensors holds weights by row or group: int2, int3, int4 or int8 alone, symmetric or not; symmetric "
+    "int4 or int8 beside inputs in int8, symmetric, each token by its own extremes"
 )
 MERGED = "export.format=merged, which keeps the weights' levels as unpacked numbers"
 NEAREST = {"binary": "int2", "ternary": "int2", "int2": "int4", "int3": "int4"}
