@@ -39,7 +39,11 @@ SUBSTITUTIONS = {
     r"generate_data\.tokens=\d+": "generate_data.tokens=4096",
 }
 """What is smaller here than in the README, besides the model, which is the tiny Llama."""
-ADDED = {"run.resume=true": "trainer.max_steps=3", "generate": "generate.max_new_tokens=4"}
+ADDED = {
+    "run.resume=true": "trainer.max_steps=3",
+    "generate": "generate.max_new_tokens=4",
+    "recipe=ptq_gptq": "method.weight.group_size=32",  # the tiny Llama's rows are 64 wide
+}
 """Words that a command with this word is given on top: without the first, a finished run has nowhere to go on to."""
 
 
@@ -81,6 +85,11 @@ def table(first_header: str) -> list[list[str]]:
 def names(first_header: str) -> list[str]:
     """The first code span of each row."""
     return [re.findall(r"`([^`]+)`", row[0])[0] for row in table(first_header)]
+
+
+def all_names(first_header: str) -> list[str]:
+    """Every code span of the first cells."""
+    return [name for row in table(first_header) for name in re.findall(r"`([^`]+)`", row[0])]
 
 
 @pytest.fixture
@@ -151,7 +160,7 @@ def run_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_tables_name_all_there_is_and_nothing_else() -> None:
     assert names("verb") == VERBS.names()
-    assert sorted(names("recipe")) == recipe_names()
+    assert sorted(all_names("recipe")) == recipe_names()
     assert sorted(names("`data.format`")) == sorted(DATA_FORMATS.names())
     assert names("`export.format`")[0] == ExportSection.model_fields["format"].default
     assert sorted(names("`export.format`")) == sorted(EXPORT_FORMATS.names())
@@ -239,5 +248,5 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_it_is_short_and_knows_no_machine() -> None:
-    assert len(README.splitlines()) < 340
+    assert len(README.splitlines()) < 400
     assert not re.search(r"(?<![\w.])/(home|work|tmp|root|usr)/", README)
