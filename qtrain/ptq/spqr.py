@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qtrain.modules.record import LinearRecord, Outliers
-from qtrain.numerics.affine import SCALE_DTYPES, QParams, dequantize, grouped, quantize
+from qtrain.numerics.affine import SCALE_DTYPES, QParams, choose_qparams, dequantize, grouped, quantize
 from qtrain.numerics.ranges import search_qparams
 from qtrain.numerics.spec import QuantSpec
 from qtrain.ptq.config import SpqrSection
@@ -38,6 +38,7 @@ class Spqr(Start[SpqrSection]):
         """
         weight = weight.detach().to(torch.float32).contiguous()
         hessian = hessian_of(inputs, weight, "spqr")
+        choose_qparams(weight, spec)  # an infinite weight would be taken for an outlier: it is an error
         feedback = ErrorFeedback.of(hessian, self.options.damping)
         kept, qparams = _outliers(weight, spec, feedback.saliency(), self.options.outliers)
         fed, rest = feedback.decide(weight, qparams, spec, kept)

@@ -135,6 +135,13 @@ def test_odd_layers_are_defined(seed: int, rows: int, groups: int, rank: int) ->
     assert bool(record.dequantize().isfinite().all())
 
 
+def test_an_infinite_weight_is_no_outlier() -> None:
+    weight = torch.ones(2, 16)
+    weight[1, 3] = float("inf")
+    with pytest.raises(ModelError, match="finite"):
+        Spqr(SpqrSection()).quantize(weight, QuantSpec(group_size=4), Inputs(hessian=torch.eye(16)))
+
+
 def test_without_a_hessian_it_is_an_error() -> None:
     with pytest.raises(ModelError, match="spqr without the Hessian") as caught:
         Spqr(SpqrSection()).quantize(torch.ones(2, 4), QuantSpec(group_size=4), Inputs())
