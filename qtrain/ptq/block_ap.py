@@ -49,6 +49,10 @@ def block_ap(
     epoch with the least error on the rows held out is kept, or the start where none was better. Norms, biases and other
     layers of the block do not train.
 
+    Measured on block 0 of SmolLM2-135M, int2 g64 with zero points, 32 rows of 256 tokens, 2 epochs of 15 steps, error
+    on other text: round-to-nearest 0.885, GPTQ 0.247; from the range of least squared error 0.797, from GPTQ's codes
+    0.229 (lr 1e-4 for all), 0.238 at the paper's learning rates, 0.201 at 3e-4, 0.234 at 1e-3.
+
     Held at a time: the model, one block in training, and the hidden states of all rows twice, behind the blocks in
     full precision and behind the placed ones; in memory of the CPU or, with a ``cache``, in files (three of
     rows * L * d numbers while one is written) that batches are read from.

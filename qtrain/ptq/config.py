@@ -94,12 +94,17 @@ class BlockApSection(StartSection):
     needs_text: ClassVar[bool] = True
 
     start: Literal["mse", "gptq"] = Field(
-        "gptq", description="codes that each block begins at; what training makes of them is never worse"
+        "gptq", description="codes that each block begins at, and keeps where training does not better them"
     )
     rows: int = Field(4096, ge=1, description="rows of training text; the paper's have 2048 tokens")
     epochs: int = Field(2, ge=1, description="passes of each block over them")
     batch_size: int = Field(2, ge=1, description="rows in a step")
-    weight_lr: float | None = Field(None, gt=0, description="of Adam for weights; default: 2e-5 at 2 bits, else 1e-5")
+    weight_lr: float | None = Field(
+        None,
+        gt=0,
+        description="of Adam for weights; default: the paper's for thousands of steps, 2e-5 at 2 bits, else 1e-5; for "
+        "tens of steps 3e-4",
+    )
     range_lr: float = Field(1e-4, gt=0, description="of Adam for scales and zero points")
     validation: float = Field(
         0.05, ge=0, lt=1, description="share of the rows that a block does not train on; its error is measured there"
