@@ -25,6 +25,7 @@ class Packed(NamedTuple):
         spec: what the codes mean.
         outlier_index: int32 [n], flattened positions of weights that are kept in 16 bits, or None.
         outlier_value: [n], those.
+        whole_zero_points: False where zero points are fp32 numbers of any value (HQQ's), never rounded.
     """
 
     words: Tensor
@@ -32,12 +33,13 @@ class Packed(NamedTuple):
     spec: QuantSpec
     outlier_index: Tensor | None = None
     outlier_value: Tensor | None = None
+    whole_zero_points: bool = True
 
 
 def packed_weight(packed: Packed, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:
     """W [out, in] = (q - z) s as a consumer that runs in ``dtype`` computes it; scale and z rounded as stored."""
     codes = unpack(packed.words, packed.spec.bits, packed.columns)
-    qparams = QParams(round_scale(scale, packed.spec), _stored(zero_point, packed.spec))
+    qparams = QParams(round_scale(scale, packed.spec), _stored(zero_point, packed))
     weight = dequantize(codes, qparams, packed.spec, torch.float32 if dtype == torch.float64 else dtype).to(dtype)
     if packed.outlier_index is not None and packed.outlier_value is not None:
         weight.view(-1)[packed.outlier_index.long()] = packed.outlier_value.to(dtype)
@@ -55,7 +57,7 @@ def packed_linear(
 
     Args:
         x: [.., in]. scale: [out, groups]. bias: [out].
-        zero_point: int8 [out, groups], or fp32 of the same shape where it trains.
+        zero_point: int8 [out, groups], or fp32 of the same shape where it trains or is no whole number.
     """
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
@@ -113,7 +115,7 @@ def _from_weight_gradient(
     exact = torch.promote_types(dy.dtype, torch.float32)
     dscale = torch.empty(out, groups, device=dy.device)
     dzero = torch.empty_like(dscale) if trains_zero else None
-    stored = _stored(zero_point, spec)
+    stored = _stored(zero_point, packed)
     rows = max(1, CHUNK_BYTES // (4 * packed.columns))
     for first in range(0, out, rows):
         part = slice(first, first + rows)
@@ -138,7 +140,9 @@ def _clear(gradient: Tensor, index: Tensor, first: int) -> None:
     gradient.view(-1)[own] = 0
 
 
-def _stored(zero_point: Tensor | None, spec: QuantSpec) -> Tensor | None:
+def _stored(zero_point: Tensor | None, packed: Packed) -> Tensor | None:
     if zero_point is None or zero_point.dtype == torch.int8:
         return zero_point
-    return zero_point.detach().round().clamp(spec.quant_min, spec.quant_max).to(torch.int8)
+    if not packed.whole_zero_points:
+        return zero_point.detach()
+    return zero_point.detach().round().clamp(packed.spec.quant_min, packed.spec.quant_max).to(torch.int8)

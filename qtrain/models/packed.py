@@ -15,7 +15,7 @@ from qtrain.files import atomic_directory, write_json
 from qtrain.models.quantized.checkpoint import load_skeleton, read_quantized
 from qtrain.models.quantized.layer import InputScheme
 from qtrain.modules.config import QuantizerSection
-from qtrain.modules.packed_identity import packed_identity, packed_layers
+from qtrain.modules.packed_identity import packed_identity, packed_layers, plain_name
 from qtrain.modules.packed_linear import PackedLinear
 from qtrain.modules.quantizer import Quantizer
 
@@ -26,14 +26,14 @@ METHOD = "qtrain"
 def save_packed(model: PreTrainedModel, directory: Path) -> None:
     """Write ``directory``: config.json with the specs, safetensors with words, 16-bit scales and zero points.
 
-    Layers as ``PackedLinear`` names their parts; everything else as transformers writes it. ``load_packed`` reads it,
-    and as ``model.path`` it is a base like any other quantized checkpoint.
+    Layers as ``PackedLinear`` names their parts; everything else as transformers writes it, adapters left out.
+    ``load_packed`` reads it, and as ``model.path`` it is a base like any other quantized checkpoint.
     """
     layers = packed_layers(model)
     plain = {
-        name: tensor
+        plain_name(name): tensor
         for name, tensor in model.state_dict().items()
-        if not any(name.startswith(f"{layer}.") for layer in layers)
+        if ".lora_" not in name and not any(name.startswith(f"{layer}.") for layer in layers)
     }
     for name, layer in layers.items():
         plain |= {f"{name}.{part}": tensor for part, tensor in _parts(layer).items()}
@@ -61,7 +61,7 @@ def load_packed(
     Raises:
         ModelError: damaged, or codes that are no affine integers.
     """
-    checkpoint = read_quantized(directory)
+    checkpoint = read_quantized(directory, whole_zero_points=False)  # the product is one of floats
     model = load_skeleton(checkpoint, dtype, device, attention=attention)
     layers = list(checkpoint.layers.items())
     for name, layer in progress(iter(layers), len(layers)) if progress else layers:

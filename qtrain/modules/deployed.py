@@ -24,6 +24,7 @@ class DeployedTensor:
         spec: of the codes it was trained with, where there are any; no format may decide others.
         record: computes those.
         activation: what the layer's input was quantized to in training.
+        whole_zero_points: False where the record's zero points are numbers of any value.
     """
 
     name: str
@@ -33,6 +34,7 @@ class DeployedTensor:
     spec: QuantSpec | None = None
     record: Callable[[], LinearRecord] | None = None
     activation: QuantSpec | None = None
+    whole_zero_points: bool = True
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from bitsandbytes.functional import dequantize_4bit
 from torch import nn
 from transformers import PreTrainedModel
 
+from qtrain.modules.packed_linear import PackedLinear
+
 OUTLIER_THRESHOLD = 6.0
 """Input columns with an entry above this run in 16 bits (LLM.int8(), Dettmers 2022, arXiv 2208.07339)."""
 
@@ -124,6 +126,8 @@ def quantize_base(
 
 def dense_weight(layer: nn.Module) -> torch.Tensor:
     """The weight [out, in] that ``layer`` multiplies with, in fp32 (of a plain linear: its own, upcast)."""
+    if isinstance(layer, PackedLinear):
+        return layer.dense_weight()
     weight = layer.weight
     assert isinstance(weight, torch.Tensor)
     if isinstance(weight, bnb.nn.Params4bit):

@@ -39,7 +39,12 @@ def packed_identity(model: nn.Module) -> str:
 def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
     """The packed layers by name, without an adapter's names around them."""
     found = {name: layer for name, layer in model.named_modules() if isinstance(layer, PackedLinear)}
-    return {name.replace("base_model.model.", "").replace(".base_layer", ""): layer for name, layer in found.items()}
+    return {plain_name(name): layer for name, layer in found.items()}
+
+
+def plain_name(name: str) -> str:
+    """The name that a module or tensor has where no adapter is around it."""
+    return name.replace("base_model.model.", "").replace(".base_layer", "")
 
 
 def _sums(words: Tensor) -> tuple[int, int]:

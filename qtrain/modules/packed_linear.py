@@ -26,7 +26,8 @@ class PackedLinear(nn.Linear):
     Attributes:
         weight: int32 [out, in * bits / 32].
         scale: [out, groups].
-        zero_point: int32 words of the base's zero points in a row, or None where the spec is symmetric.
+        zero_point: int32 words of the base's zero points in a row; fp32 [out, groups] where they are no whole numbers,
+            as HQQ stores them; None where the spec is symmetric.
         zero: fp32 [out, groups], in their place where zero points train or were trained, else None.
         outlier_index, outlier_value: weights that the codes do not hold, or None.
         input_quantizer: None leaves inputs as they are.
@@ -63,8 +64,7 @@ class PackedLinear(nn.Linear):
         layer.scale = nn.Parameter(record.scale.to(SCALE_DTYPES[spec.scale_dtype]).contiguous(), requires_grad=False)
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
-        zero_point = None if record.zero_point is None else pack(record.zero_point.reshape(1, -1), spec.bits)
-        layer.register_buffer("zero_point", zero_point)
+        layer.register_buffer("zero_point", _stored_zero_points(record))
         layer.register_parameter("zero", None)
         layer.register_buffer("outlier_index", None if record.outliers is None else record.outliers.index)
         layer.register_buffer("outlier_value", None if record.outliers is None else record.outliers.value)
@@ -77,7 +77,7 @@ class PackedLinear(nn.Linear):
         if zero_points and self.zero_point is not None:
             points = self._zero_points()
             assert points is not None
-            self.zero = nn.Parameter(points.to(torch.float32))
+            self.zero = nn.Parameter(points.to(torch.float32, copy=True))
 
     @torch.no_grad()
     def set_ranges(self, scale: Tensor, zero_point: Tensor | None = None) -> None:
@@ -101,7 +101,14 @@ class PackedLinear(nn.Linear):
     @property
     def packed(self) -> Packed:
         """What does not train."""
-        return Packed(self.weight, self.in_features, self.spec, self.outlier_index, self.outlier_value)
+        return Packed(
+            self.weight, self.in_features, self.spec, self.outlier_index, self.outlier_value, self.whole_zero_points
+        )
+
+    @property
+    def whole_zero_points(self) -> bool:
+        """Whether zero points are integers, or there are none; no integer kernel takes others."""
+        return self.zero_point is None or not self.zero_point.is_floating_point()
 
     def dense_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W [out, in] as the product in ``dtype`` sees it."""
@@ -123,10 +130,10 @@ class PackedLinear(nn.Linear):
 
     @torch.no_grad()
     def stored_zero_point(self) -> Tensor | None:
-        """The zero point [out, groups] that is subtracted, int8, or None."""
+        """The zero point [out, groups] that is subtracted: int8, or fp32 where the base has fractions, or None."""
         points = self._zero_points()
-        if points is None or points.dtype == torch.int8:
-            return points
+        if points is None or points.dtype == torch.int8 or not self.whole_zero_points:
+            return None if points is None else points.detach()
         return points.round().clamp(self.spec.quant_min, self.spec.quant_max).to(torch.int8)
 
     def stored_bytes(self) -> int:
@@ -140,14 +147,15 @@ class PackedLinear(nn.Linear):
         spec = self.spec
         size = f"({spec.group_size})" if spec.group_size else ""
         kind = "symmetric" if spec.symmetric else "asymmetric"
+        kind += "" if self.whole_zero_points else " (fractional zero points)"
         return f"{self.in_features}, {self.out_features}, {spec.format} {kind} {spec.granularity}{size}"
 
     def _zero_points(self) -> Tensor | None:
         return self._base_zero_points() if self.zero is None else self.zero
 
     def _base_zero_points(self) -> Tensor | None:
-        if self.zero_point is None:
-            return None
+        if self.zero_point is None or self.zero_point.is_floating_point():
+            return self.zero_point
         return unpack(self.zero_point, self.spec.bits, self.scale.numel()).view(self.scale.shape)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -155,8 +163,15 @@ class PackedLinear(nn.Linear):
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            own = any(tensor is part for part in (self.scale, self.zero, self.outlier_value))
+            own = any(tensor is part for part in (self.scale, self.zero, self.zero_point, self.outlier_value))
             return moved if moved.dtype == tensor.dtype or not own else tensor.to(moved.device)
 
         super()._apply(move, recurse)  # type: ignore[no-untyped-call]
         return self
+
+
+def _stored_zero_points(record: LinearRecord) -> Tensor | None:
+    points = record.zero_point
+    if points is None or points.is_floating_point():
+        return None if points is None else points.to(torch.float32).contiguous()
+    return pack(points.reshape(1, -1), record.spec.bits)

@@ -31,7 +31,8 @@ class LinearRecord:
     Attributes:
         codes: int8 [out, in].
         scale: [out, groups] in the spec's scale_dtype.
-        zero_point: None where the spec is symmetric.
+        zero_point: int8 [out, groups], or fp32 where they are no whole numbers (HQQ's); None where the spec is
+            symmetric.
         spec: what the codes mean.
         outliers: weights that the codes do not hold.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from qtrain.errors import ModelError
+from qtrain.errors import ExportError, ModelError
+from qtrain.export.compressed_tensors.plan import plan_trained
 from qtrain.methods.method import build_method
 from qtrain.methods.ptq.config import PtqOptions
 from qtrain.models.packed import load_packed, save_packed
 from qtrain.modules.packed_identity import packed_identity, packed_layers
+from qtrain.modules.packed_linear import PackedLinear
 
 CPU = torch.device("cpu")
 CASES: dict[str, dict[str, Any]] = {
@@ -100,3 +103,23 @@ def test_damage_is_named(tmp_path: Path, tiny_llama: LlamaForCausalLM, damage: s
     save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(ModelError, match=expected):
         load_packed(tmp_path / "base", torch.float32)
+
+
+def test_zero_points_of_any_value_are_kept(tmp_path: Path, tiny_llama: LlamaForCausalLM) -> None:
+    model = quantized(tiny_llama, {"weight": {"format": "int4", "group_size": 32, "symmetric": False}})
+    for layer in packed_layers(model).values():
+        record = layer.record()
+        assert record.zero_point is not None
+        points = record.zero_point + torch.rand(record.zero_point.shape, generator=torch.Generator().manual_seed(0))
+        layer.zero_point = PackedLinear.from_record(replace(record, zero_point=points)).zero_point
+    save_packed(model, tmp_path / "base")
+    again = load_packed(tmp_path / "base", torch.float32)
+    ids = torch.randint(0, 400, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+    save_packed(again, tmp_path / "again")
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "again"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    deployed = build_method(PtqOptions(name="ptq")).deployed(again, dtype=torch.float32)
+    with pytest.raises(ExportError, match=r"14 layers are no whole numbers(.|\n)*q_proj(.|\n)*export\.format=merged"):
+        plan_trained(deployed.tensors())

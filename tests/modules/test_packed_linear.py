@@ -193,3 +193,38 @@ def test_autocast_multiplies_in_its_dtype_and_scales_keep_theirs() -> None:
 def test_codes_that_are_no_small_integers_are_refused(format: str) -> None:
     with pytest.raises(ModelError, match="int2 .. int8 or ternary"):
         PackedLinear.from_record(record_of(spec_of(format, True, None), 4, 8))
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_zero_points_of_any_value_are_kept_as_they_are(trained: bool) -> None:
+    """HQQ's: w = (q - z) s with z in floats; no product, gradient or record rounds it."""
+    whole = record_of(spec_of("int4", False, 8), 6, 16)
+    assert whole.zero_point is not None
+    points = whole.zero_point.float() + 0.375
+    record = LinearRecord(whole.codes, whole.scale, points, whole.spec)
+    layer = PackedLinear.from_record(record)
+    assert not layer.whole_zero_points and PackedLinear.from_record(whole).whole_zero_points
+    assert "fractional" in repr(layer)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(layer.dense_weight(dtype), record.dequantize(dtype))
+    assert not torch.equal(layer.dense_weight(), whole.dequantize())
+    again = layer.to(torch.bfloat16).record()
+    assert again.zero_point is not None and torch.equal(again.zero_point, points)
+    assert torch.equal(PackedLinear.from_record(again).dense_weight(), record.dequantize())
+    assert layer.stored_bytes() == (6 * 16 * 4 + 12 * 16 + 12 * 32) // 8
+    layer.train_ranges(zero_points=trained)
+    x, mix = torch.randn(5, 16, dtype=torch.float64), torch.randn(5, 6, dtype=torch.float64)
+    (layer(x) * mix).sum().backward()
+    scale, zero = whole.scale.double().requires_grad_(), points.double().requires_grad_()
+    (x @ by_hand(record, scale, zero).t() * mix).sum().backward()
+    assert layer.scale.grad is not None and scale.grad is not None and zero.grad is not None
+    assert torch.allclose(layer.scale.grad.double(), scale.grad, atol=1e-4, rtol=1e-5)
+    if trained:
+        assert layer.zero is not None and layer.zero.grad is not None
+        assert torch.allclose(layer.zero.grad.double(), zero.grad, atol=1e-4, rtol=1e-5)
+        with torch.no_grad():
+            layer.zero.add_(0.1)
+        stored = layer.stored_zero_point()
+        assert stored is not None and torch.equal(stored, points + 0.1)
+        layer.set_ranges(whole.scale)
+        assert torch.equal(layer.dense_weight(), record.dequantize())

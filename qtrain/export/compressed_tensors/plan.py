@@ -93,6 +93,12 @@ def plan_trained(tensors: Iterable[DeployedTensor]) -> Plan:
     """
     layers = {module_name(tensor.name): tensor for tensor in tensors if tensor.linear}
     check_layers((name, layer.spec, layer.activation) for name, layer in layers.items())
+    if odd := [name for name, layer in layers.items() if not layer.whole_zero_points]:
+        raise ExportError(
+            f"zero points of {len(odd)} layers are no whole numbers, the first of {odd[0]}",
+            rule="integer kernels subtract integers",
+            fix="export.format=merged, or the 16-bit model with method.init=hqq, which rounds them",
+        )
     specs = {name: layer.spec for name, layer in layers.items() if layer.spec is not None}
     kept = [name for name in layers if name not in specs]
     return Plan(specs, kept, [], layers[next(iter(specs))].activation)

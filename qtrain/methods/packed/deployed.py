@@ -45,4 +45,5 @@ def _packed(name: str, layer: PackedLinear, is_head: bool) -> DeployedTensor:
         spec=None if is_head else layer.spec,
         record=None if is_head else layer.record,
         activation=None if activation is None or is_head else activation.spec,
+        whole_zero_points=layer.whole_zero_points,
     )

@@ -21,7 +21,8 @@ PARTS = ("weight", "scale", "zero_point", "outlier_index", "outlier_value", "inp
 
 
 def read(tensors: TensorFiles, header: Mapping[str, Any], linears: Mapping[str, nn.Linear]) -> Reading:
-    """Layers with ``weight`` int32 [out, words], ``scale`` [out, groups], all zero points in one row of words.
+    """Layers with ``weight`` int32 [out, words], ``scale`` [out, groups], all zero points in one row of words, or
+    fp32 [out, groups] where they are no whole numbers.
 
     Raises:
         ModelError: specs that are none, tensors that contradict them.
@@ -37,11 +38,14 @@ def read(tensors: TensorFiles, header: Mapping[str, Any], linears: Mapping[str, 
             what = f"a weight [{n}, {k}] in {spec.format} by groups of {spec.group_size}"
             tensors.check(f"{name}.weight", [n, words_of(k, spec.bits)], [torch.int32], what)
             tensors.check(f"{name}.scale", shape, [SCALE_DTYPES[spec.scale_dtype]], what)
+            whole = True
             if not spec.symmetric:
-                words = words_of(shape[0] * shape[1], spec.bits)
-                tensors.check(f"{name}.zero_point", [1, words], [torch.int32], what)
+                points = f"{name}.zero_point"
+                whole = points not in tensors or tensors.dtype(points) != torch.float32
+                words = [1, words_of(shape[0] * shape[1], spec.bits)]
+                tensors.check(points, words if whole else shape, [torch.int32, torch.float32], what)
             scheme = None if inputs is None else InputScheme(inputs, _input_range(tensors, name))
-            layers[name] = QuantizedLayer(spec, partial(_record, tensors, name, spec, n, k), scheme)
+            layers[name] = QuantizedLayer(spec, partial(_record, tensors, name, spec, n, k), scheme, whole)
             taken |= {f"{name}.{part}" for part in PARTS} & set(tensors)
     return Reading(layers, frozenset(taken), "qtrain's packed integers")
 
@@ -50,7 +54,9 @@ def _record(tensors: TensorFiles, name: str, spec: QuantSpec, out: int, columns:
     scale = tensors.scale(f"{name}.scale")
     zero_point = outliers = None
     if not spec.symmetric:
-        zero_point = unpack(tensors.get(f"{name}.zero_point"), spec.bits, scale.numel()).view(scale.shape)
+        zero_point = tensors.scale(f"{name}.zero_point")
+        if not zero_point.is_floating_point():
+            zero_point = unpack(zero_point, spec.bits, scale.numel()).view(scale.shape)
     if f"{name}.outlier_index" in tensors:
         index = tensors.get(f"{name}.outlier_index")
         if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < out * columns:
