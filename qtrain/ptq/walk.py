@@ -195,7 +195,7 @@ def _passes(
 
 
 def _relative_error(weight: Tensor, record: LinearRecord, inputs: Inputs) -> float:
-    exact = weight.to(torch.float32)
+    exact = weight.to(record.codes.device, torch.float32)
     difference = record.dequantize().sub_(exact)
     error, power = (_power(one, inputs.hessian) for one in (difference, exact))
     return error / power if power else 0.0

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qtrain.errors import DataError, ModelError
+from qtrain.methods.config import KEPT
 from qtrain.methods.method import Context, Progress, Text
-from qtrain.methods.packed.config import PackedOptions
+from qtrain.methods.packed.config import PackedKeys
 from qtrain.modules.config import QuantizerSection
 from qtrain.modules.frozen_linear import linears
 from qtrain.modules.layer_options import Options, check_patterns, layer_options, matches
@@ -22,14 +23,14 @@ from qtrain.modules.packed_linear import PackedLinear
 from qtrain.modules.record import LinearRecord
 from qtrain.numerics.spec import QuantSpec
 from qtrain.ptq.config import BlockApSection
-from qtrain.ptq.start import Start
+from qtrain.ptq.start import Inputs, Start
 from qtrain.ptq.walk import quantize_blocks
 from qtrain.registry import resolve
 
 
 def pack_layers(
     model: PreTrainedModel,
-    options: PackedOptions,
+    options: PackedKeys,
     *,
     device: torch.device,
     text: Text | None = None,
@@ -48,7 +49,7 @@ def pack_layers(
     """
     model.requires_grad_(False)
     if not packed_layers(model):
-        if options.init == "checkpoint":
+        if options.init == KEPT:
             raise ModelError(
                 "method.init=checkpoint keeps the codes of a quantized checkpoint, and model.path holds 16-bit weights",
                 fix="a GPTQ, AWQ or compressed-tensors directory as model.path, or method.init=gptq",
@@ -57,7 +58,7 @@ def pack_layers(
     model.to(device)  # type: ignore[arg-type]
 
 
-def layers_to_pack(model: PreTrainedModel, options: PackedOptions) -> dict[str, Options]:
+def layers_to_pack(model: PreTrainedModel, options: PackedKeys) -> dict[str, Options]:
     """Name to the options of its weight and input, for every linear that is to be packed.
 
     Raises:
@@ -68,9 +69,9 @@ def layers_to_pack(model: PreTrainedModel, options: PackedOptions) -> dict[str, 
     if options.head and isinstance(head, nn.Linear):
         if head.weight is model.get_input_embeddings().weight:
             raise ModelError(
-                "method.head=true, and the head shares its weight with the token embedding",
+                f"{options.place}.head=true, and the head shares its weight with the token embedding",
                 rule="packed words serve a product, not a look-up",
-                fix="method.head=false",
+                fix=f"{options.place}.head=false",
             )
         names.append(next(name for name, module in model.named_modules() if module is head))
     check_patterns(options.skip, names, "skip pattern")
@@ -88,7 +89,7 @@ def layers_to_pack(model: PreTrainedModel, options: PackedOptions) -> dict[str, 
 
 def _choose(
     model: PreTrainedModel,
-    options: PackedOptions,
+    options: PackedKeys,
     device: torch.device,
     text: Text | None,
     context: Context,
@@ -101,9 +102,9 @@ def _choose(
     if options.start.needs_text:
         if text is None:
             raise DataError(
-                f"method.init={options.init} looks at text, and there is none",
+                f"{options.place}.init={options.init} looks at text, and there is none",
                 rule="it takes rows of data.train",
-                fix="set data.train, or a start that needs none: method.init=hqq",
+                fix=f"set data.train, or a start that needs none: {options.place}.init=hqq",
             )
         rows = text(options.start.rows if isinstance(options.start, BlockApSection) else options.calibration_rows)
         model.to(device)  # type: ignore[arg-type]
@@ -121,9 +122,22 @@ def _choose(
         run(model, specs, whole, place=place, options=options.start, context=context, cache=scratch, progress=progress)
     else:
         start: Start[Any] = run(options.start)
+        if not options.start.needs_text:
+            start = _Crossing(start, device)
         quantize_blocks(model, specs, start, rows, place=place, context=context, progress=progress)
 
 
 def _spec(section: QuantizerSection | None) -> QuantSpec:
     assert section is not None
     return section.spec(weight=True)
+
+
+class _Crossing(Start[Any]):
+    """A start that needs no text, each weight on ``device`` while it is quantized: the model need not fit there."""
+
+    def __init__(self, start: Start[Any], device: torch.device) -> None:
+        super().__init__(start.options)
+        self._start, self._device = start, device
+
+    def quantize(self, weight: Tensor, spec: QuantSpec, inputs: Inputs) -> LinearRecord:
+        return self._start.quantize(weight.to(self._device), spec, inputs)
