@@ -6,45 +6,95 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from qtrain.errors import ModelError
-from qtrain.methods.config import MethodSection
+from qtrain.methods.config import KEPT, MethodSection
 from qtrain.models.config import ModelSection
-from qtrain.models.load import load_model
+from qtrain.models.load import load_model, unreadable
 from qtrain.models.packed import load_packed
-from qtrain.models.quantized.header import quant_method
-from qtrain.models.source import find_model
+from qtrain.models.quantized.checkpoint import load_codebooks
+from qtrain.models.quantized.header import header_of, quant_method
+from qtrain.models.quantized.registry import CODEBOOKS
+from qtrain.models.source import ModelSource, find_model
 
-KEPT = "checkpoint"
-"""The ``method.init`` that keeps the codes of a quantized checkpoint."""
 
+def load_base(
+    section: ModelSection,
+    method: MethodSection,
+    dtype: torch.dtype,
+    *,
+    compute_dtype: torch.dtype,
+    device: torch.device,
+) -> PreTrainedModel:
+    """``model.path`` with 16-bit weights, or with its codes where ``method`` keeps them.
 
-def load_base(section: ModelSection, method: MethodSection, dtype: torch.dtype) -> PreTrainedModel:
-    """``model.path``, packed where ``method.init=checkpoint``; what is not quantized is in ``dtype``.
+    Args:
+        dtype: of what is not quantized.
+        compute_dtype: of products with weights that a library dequantizes (bitsandbytes, AQLM).
+        device: where those will be; everything else is loaded to the CPU.
 
     Raises:
-        ModelError: no codes to keep, or codes that another ``method.init`` would quantize a second time.
+        ModelError: no codes to keep, or codes in the place of 16-bit weights: nothing is unpacked unasked.
     """
-    init = getattr(method, "init", None)
     source = find_model(section)
-    if init == KEPT:
-        directory = Path(source.location)
-        if source.kind == "gguf" or (source.kind == "directory" and quant_method(directory) is None):
-            raise ModelError(
-                "method.init=checkpoint keeps the codes of a quantized checkpoint, and model.path holds 16-bit weights",
-                where=source.location,
-                fix="a GPTQ, AWQ or compressed-tensors directory as model.path, or method.init=gptq",
-            )
-        if source.kind == "hub":
-            files = ["*.safetensors", "*.json"]
-            directory = Path(snapshot_download(source.location, revision=section.revision, allow_patterns=files))
-        return load_packed(directory, dtype, attention=section.attention)
-    if init is not None and source.kind == "directory" and (found := quant_method(Path(source.location))):
+    found = _codes_of(source, section)
+    if not method.keeps_codes:
+        if found is not None:
+            raise _codes_in_the_way(found, method, source)
+        return load_model(section, dtype)
+    if found is None:
         raise ModelError(
-            f"model.path holds {found} codes, and method.init={init} chooses codes of 16-bit weights",
+            f"method.{method.codes_key}={KEPT} keeps the codes of a quantized checkpoint, and model.path holds "
+            "16-bit weights",
             where=source.location,
-            rule="codes are not quantized a second time",
-            fix="method.init=checkpoint keeps them",
+            fix="a GPTQ, AWQ or compressed-tensors directory as model.path, or "
+            + ("method.base=nf4" if method.takes_codebooks else "method.init=gptq"),
         )
-    return load_model(section, dtype)
+    directory = Path(source.location) if source.kind == "directory" else _downloaded(source, section)
+    if method.takes_codebooks and found in CODEBOOKS.names():
+        return load_codebooks(directory, dtype, device, compute_dtype=compute_dtype, attention=section.attention)
+    return load_packed(directory, dtype, attention=section.attention)
+
+
+def _codes_of(source: ModelSource, section: ModelSection) -> str | None:
+    """The method that quantized the weights, None where they are plain; of a hub id its config.json says it."""
+    if source.kind == "gguf":
+        return None
+    if source.kind == "directory":
+        return quant_method(Path(source.location))
+    try:
+        config, _ = PretrainedConfig.get_config_dict(source.location, revision=section.revision or "main")
+    except (OSError, ValueError) as error:
+        raise unreadable("model", source, error) from None
+    header = header_of(config, source.location)
+    return None if header is None else str(header["quant_method"])
+
+
+def _downloaded(source: ModelSource, section: ModelSection) -> Path:
+    try:
+        files = ["*.safetensors", "*.json"]
+        return Path(snapshot_download(source.location, revision=section.revision, allow_patterns=files))
+    except (OSError, ValueError) as error:
+        raise unreadable("model", source, error) from None
+
+
+def _codes_in_the_way(found: str, method: MethodSection, source: ModelSource) -> ModelError:
+    over_codes = "method.name=qlora method.base=checkpoint trains adapters over them"
+    if method.codes_key is None:
+        wants = f"method.name={method.name} trains 16-bit weights"
+        fix = f"the model that it was made from; {over_codes}"
+        fix += "" if found in CODEBOOKS.names() else ", method.name=peqa method.init=checkpoint their scales"
+    else:
+        value = getattr(method, method.codes_key)
+        wants = f"method.{method.codes_key}={value} " + (
+            "keeps 16-bit weights" if value == "none" else "chooses codes of 16-bit weights"
+        )
+        kept = method.takes_codebooks or found not in CODEBOOKS.names()
+        fix = f"method.{method.codes_key}={KEPT} keeps them" if kept else over_codes
+    return ModelError(
+        f"model.path holds {found} codes, and {wants}",
+        where=source.location,
+        rule="codes are neither unpacked unasked nor quantized a second time",
+        fix=fix,
+    )

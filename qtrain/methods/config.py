@@ -12,6 +12,9 @@ from qtrain.numerics.spec import QuantSpec
 from qtrain.registry import Registry
 from qtrain.section import Section
 
+KEPT = "checkpoint"
+"""The value that keeps the codes of a quantized checkpoint."""
+
 
 class MethodSection(Section):
     """Keys that every method shares; a method derives from this and adds its own."""
@@ -20,11 +23,20 @@ class MethodSection(Section):
     """``package.module:attribute`` of the Method subclass, imported when it runs."""
     trains: ClassVar[bool] = True
     """Whether there is anything to fit."""
+    codes_key: ClassVar[str | None] = None
+    """Key whose value ``checkpoint`` keeps the codes that model.path holds; None where none can be kept."""
+    takes_codebooks: ClassVar[bool] = False
+    """Whether codes may be places in a table (bitsandbytes, AQLM), of which no scale trains."""
 
     name: str = Field("qlora", description="what is quantized and what trains")
     compute_dtype: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="what products run in: auto is bf16 where the device has it, else fp32"
     )
+
+    @property
+    def keeps_codes(self) -> bool:
+        """Whether weights stay in the codes that model.path holds."""
+        return self.codes_key is not None and getattr(self, self.codes_key) == KEPT
 
     @property
     def looks_at_text(self) -> bool:

@@ -34,11 +34,13 @@ class Method(ABC, Generic[Options]):
     artifact: ClassVar[str] = "adapter"
     """Folder of a run in which ``save`` leaves what was trained."""
 
-    keeps_base: ClassVar[bool] = False
-    """Whether a run keeps the frozen part, packed, in RUN/base, and is loaded from there again."""
-
     def __init__(self, options: Options) -> None:
         self.options = options
+
+    @property
+    def keeps_base(self) -> bool:
+        """Whether a run keeps the frozen part, packed, in RUN/base, and is loaded from there again."""
+        return False
 
     @abstractmethod
     def prepare(
@@ -84,6 +86,10 @@ class Method(ABC, Generic[Options]):
             dtype: of the tensors that stay unquantized.
             base: merge into these weights, by their names, instead of the base that was trained on.
         """
+
+    def why_no_original(self) -> str | None:
+        """Why what was trained cannot be merged into the weights of ``model.path``; None where it can."""
+        return f"export.base=original merges an adapter, and method.name={self.options.name} has none"
 
     def serve(self, model: nn.Module, exported: PreTrainedModel) -> None:
         """Switch on in a loaded export what its consumer does by a run-time flag: no checkpoint holds it."""

@@ -31,7 +31,7 @@ def load_tokenizer(section: ModelSection, source: ModelSource | None = None) -> 
             **source.loader_arguments, revision=_revision(section), trust_remote_code=section.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise _unreadable("tokenizer", source, error) from None
+        raise unreadable("tokenizer", source, error) from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -57,7 +57,7 @@ def load_model(section: ModelSection, dtype: torch.dtype, *, device: torch.devic
                 use_safetensors=None if source.kind == "gguf" else True,
             )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        raise _unreadable("model", source, error) from None
+        raise unreadable("model", source, error) from None
     if source.kind == "gguf":
         model = _plain(model)
     with _without_bars(section):
@@ -107,7 +107,8 @@ def _revision(section: ModelSection) -> str:
     return section.revision or "main"
 
 
-def _unreadable(what: str, source: ModelSource, error: Exception) -> ModelError:
+def unreadable(what: str, source: ModelSource, error: Exception) -> ModelError:
+    """What a library said of a model's files, with the way out."""
     reason = " ".join(str(error).split())
     fix = None
     if "trust_remote_code" in reason:

@@ -124,6 +124,18 @@ def quantize_base(
     model.to(device)  # type: ignore[arg-type]
 
 
+def frozen_kind(layer: nn.Module) -> str | None:
+    """What the weight of a linear layer lies in: packed, nf4, fp4, int8 or AQLM; None for plain numbers."""
+    if isinstance(layer, PackedLinear):
+        return "packed"
+    weight = getattr(layer, "weight", None)
+    if isinstance(weight, bnb.nn.Params4bit):
+        return str(weight.quant_type)
+    if isinstance(layer, bnb.nn.Linear8bitLt):
+        return "int8"
+    return "AQLM" if hasattr(layer, "codebooks") else None
+
+
 def dense_weight(layer: nn.Module) -> torch.Tensor:
     """The weight [out, in] that ``layer`` multiplies with, in fp32 (of a plain linear: its own, upcast)."""
     if isinstance(layer, PackedLinear):

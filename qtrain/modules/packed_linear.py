@@ -114,6 +114,17 @@ class PackedLinear(nn.Linear):
         """W [out, in] as the product in ``dtype`` sees it."""
         return packed_weight(self.packed, self.scale.detach(), self._zero_points(), dtype)
 
+    @property
+    def W_q(self) -> Tensor:
+        """The words under HQQ's name: PEFT's DoRA (0.21) asks a layer that has it for ``dequantize()``, and takes the
+        ``weight`` of any other that is not bitsandbytes' for numbers.
+        """
+        return self.weight
+
+    def dequantize(self) -> Tensor:
+        """``dense_weight`` in fp32, under HQQ's name."""
+        return self.dense_weight()
+
     @torch.no_grad()
     def record(self) -> LinearRecord:
         """Codes, and scales and zero points as they are stored by now."""

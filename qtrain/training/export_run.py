@@ -77,7 +77,7 @@ def export_run(config: Config, run: RunDirectory) -> dict[str, Any]:
                 module.method.serve(module.model, candidate)
                 found |= _measure(module, candidate, data, config).to_dict()
                 del candidate
-                if hasattr(options, "base") and not deployed.trained_codes:
+                if hasattr(options, "base") and module.method.why_no_original() is None:
                     found["alternative"] = _alternative(module, config, data, storage, base)
             write_card(directory, facts | {"figures": _figures(found)}, found)
     found["directory"] = str(directory)
@@ -94,6 +94,8 @@ def export_run(config: Config, run: RunDirectory) -> dict[str, Any]:
 def _deployed(module: LanguageModule, config: Config, base: str, storage: torch.dtype) -> DeployedModel:
     weights: Mapping[str, Tensor] | None = None
     if base == "original":
+        if reason := module.method.why_no_original():
+            raise ExportError(reason, where="export.base=original", fix="leave export.base out")
         weights = load_model(config.model, torch.float32).state_dict()
     assert module.model is not None
     return module.method.deployed(module.model, dtype=DTYPES.get(config.export.dtype, storage), base=weights)

@@ -116,7 +116,7 @@ class LanguageModule(L.LightningModule):
         config = self.config
         storage, compute = resolve_dtypes(config.model.dtype, config.method.compute_dtype, device)
         handed_over, self._base = self._base, None
-        base = handed_over if handed_over is not None else self._load_base(storage)
+        base = handed_over if handed_over is not None else self._load_base(storage, compute, device)
         self.fused = fuse_layers(base, device, config.model.fused)
         section = config.distill
         if section.layerwise is not None or (section.loss != "none" and not section.cached):
@@ -188,10 +188,10 @@ class LanguageModule(L.LightningModule):
         )
         self.model.train()
 
-    def _load_base(self, storage: torch.dtype) -> PreTrainedModel:
+    def _load_base(self, storage: torch.dtype, compute: torch.dtype, device: torch.device) -> PreTrainedModel:
         if self._packed is not None:
             return load_packed(self._packed, storage, attention=self.config.model.attention)
-        return load_base(self.config.model, self.config.method, storage)
+        return load_base(self.config.model, self.config.method, storage, compute_dtype=compute, device=device)
 
     def _teacher(self, base: PreTrainedModel, compute: torch.dtype, device: torch.device) -> Teacher:
         """The full-precision twin on ``device``."""

@@ -18,7 +18,7 @@ from qtrain.evaluation.held_out import held_out, limited
 from qtrain.evaluation.progress import progress_over
 from qtrain.files import write_json
 from qtrain.methods.base import load_base
-from qtrain.methods.method import build_method
+from qtrain.methods.packed.config import PackedOptions
 from qtrain.models.dtype import resolve_dtypes
 from qtrain.models.packed import save_packed
 from qtrain.modules.token_loss import choose_loss
@@ -36,7 +36,7 @@ def quantize_run(config: Config, run: RunDirectory) -> dict[str, Any]:
         QtrainError: data or model cannot be used; nothing of an earlier run is lost then.
     """
     begin = time.monotonic()
-    if not build_method(config.method).keeps_base:
+    if not isinstance(config.method, PackedOptions):
         raise ConfigError(
             f"method.name={config.method.name} has no starting point to stop at",
             rule="`qtrain quantize` packs weights without training",
@@ -45,7 +45,7 @@ def quantize_run(config: Config, run: RunDirectory) -> dict[str, Any]:
     run.start(resume=False, overwrite=config.run.overwrite)
     device = best_device()
     storage, compute = resolve_dtypes(config.model.dtype, config.method.compute_dtype, device)
-    base = load_base(config.model, config.method, storage)
+    base = load_base(config.model, config.method, storage, compute_dtype=compute, device=device)
     module = LanguageModule(config, base=base, progress=progress_over("quantizing"), scratch=run.scratch)
     data = LanguageData(config.data, module.tokenizer, seed=config.run.seed)
     measured = config.data.validation is not None

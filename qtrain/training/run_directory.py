@@ -104,7 +104,7 @@ class RunDirectory:
         return None
 
     def kept_base(self) -> Path:
-        """The packed base that a checkpoint belongs to.
+        """The packed base that a checkpoint, or what was trained, belongs to.
 
         Raises:
             CheckpointError: it is gone; another start would give other codes.
@@ -113,7 +113,7 @@ class RunDirectory:
             raise CheckpointError(
                 "the packed base of this run is gone",
                 where=str(self.base),
-                rule="scales go on over the codes that they began with",
+                rule="what was trained belongs to the codes that it began with",
                 fix="run.overwrite=true starts anew",
             )
         return self.base

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qtrain.config.schema import Config
 from qtrain.distill.config import DistillSection
 from qtrain.evaluation.progress import progress_over
+from qtrain.methods.method import build_method
 from qtrain.models.dtype import resolve_dtypes
 from qtrain.models.load import load_model, load_tokenizer
 from qtrain.training.module import LanguageModule
@@ -50,7 +51,7 @@ def trained_module(config: Config, run: RunDirectory, device: torch.device) -> L
     """The run's model with what was trained, as the last training step left it, in eval mode."""
     # What answers needs no teacher.
     untaught = config.model_copy(update={"distill": DistillSection()})
-    packed = run.base if run.base.is_dir() else None
+    packed = run.kept_base() if build_method(config.method).keeps_base else None
     module = LanguageModule(untaught, progress=progress_over("quantizing"), packed=packed)
     model = module.build(device)
     assert run.trained is not None  # verbs on a finished run look first

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from qtrain.errors import ConfigError
-from qtrain.methods.config import MethodSection
+from qtrain.methods.config import KEPT, MethodSection
 from qtrain.modules.config import QuantizerSection, WeightSection
 from qtrain.modules.layer_options import section_of
 from qtrain.numerics.spec import QuantSpec
@@ -23,15 +23,19 @@ from qtrain.ptq.config import (
     StartSection,
 )
 from qtrain.registry import did_you_mean
+from qtrain.section import Section
 
-INITS = (*STARTS, "checkpoint")
+INITS = (*STARTS, KEPT)
 """Starting points by name; checkpoint: the codes that model.path holds already."""
 UNUSED = ("range", "calibrate", "bounds", "pact_alpha", "convention")
 """Keys of a quantizer that packed weights have no use for: what chooses their ranges is method.init."""
 
 
-class PackedOptions(MethodSection):
-    """Linear layers whose weights lie in packed integers."""
+class PackedKeys(Section):
+    """Which linear layers lie in packed integers, and what chooses those."""
+
+    place: ClassVar[str] = "method"
+    """Section that these keys stand in, for errors."""
 
     weight: WeightSection = Field(
         default_factory=WeightSection,
@@ -71,24 +75,15 @@ class PackedOptions(MethodSection):
         """Where the starting point does, or inputs have ranges of their own to calibrate."""
         activation = self.general_activation
         kept = activation is not None and activation.range != "dynamic" and activation.bounds is None
-        return kept or (self.init != "checkpoint" and self.start.needs_text)
-
-    def trained_layers(self) -> Iterator[tuple[str, QuantSpec | None, QuantSpec | None]]:
-        """In general and by each rule; of a checkpoint that holds its codes already nothing is known here."""
-        if self.init == "checkpoint":
-            return
-        general: dict[str, QuantizerSection | None] = {"weight": self.weight, "activation": self.general_activation}
-        yield "method.weight", *_specs(general)
-        for pattern, changes in self.rules.items():
-            own = {key: section_of(changes.get(key, kept), key, None, kept) for key, kept in general.items()}
-            yield f"method.rules[{pattern!r}]", *_specs(own)
+        return kept or (self.init != KEPT and self.start.needs_text)
 
     @field_validator("weight")
     @classmethod
     def _only_codes(cls, weight: WeightSection) -> WeightSection:
         for key in UNUSED:
             if getattr(weight, key) != WeightSection.model_fields[key].default:
-                raise ValueError(f"{key}: ranges of packed weights come from method.init, not from a quantizer's {key}")
+                where = f"{cls.place}.init"
+                raise ValueError(f"{key}: ranges of packed weights come from {where}, not from a quantizer's {key}")
         if weight.format == "binary" or weight.format.startswith("fp8"):
             raise ValueError(f"format: {weight.format} is not packed: int2 .. int8 or ternary are, such as int4")
         if weight.granularity not in (None, "per_channel", "per_group"):
@@ -117,13 +112,29 @@ class PackedOptions(MethodSection):
         return init
 
     @model_validator(mode="after")
-    def _smooth_inputs(self) -> PackedOptions:
+    def _smooth_inputs(self) -> Self:
         if self.init == "smoothquant" and self.general_activation is None:
             raise ValueError(
                 "init=smoothquant moves the outliers of quantized inputs into the weights, and inputs are not "
                 "quantized here: init=awq or gptq, or method.activation.format=int8 with method.name=ptq"
             )
         return self
+
+
+class PackedOptions(PackedKeys, MethodSection):
+    """A method over packed integers, with their keys among its own."""
+
+    codes_key: ClassVar[str | None] = "init"
+
+    def trained_layers(self) -> Iterator[tuple[str, QuantSpec | None, QuantSpec | None]]:
+        """In general and by each rule; of a checkpoint that holds its codes already nothing is known here."""
+        if self.init == KEPT:
+            return
+        general: dict[str, QuantizerSection | None] = {"weight": self.weight, "activation": self.general_activation}
+        yield "method.weight", *_specs(general)
+        for pattern, changes in self.rules.items():
+            own = {key: section_of(changes.get(key, kept), key, None, kept) for key, kept in general.items()}
+            yield f"method.rules[{pattern!r}]", *_specs(own)
 
 
 def _specs(sections: Mapping[str, QuantizerSection | None]) -> tuple[QuantSpec | None, QuantSpec | None]:

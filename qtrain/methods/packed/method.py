@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from qtrain.errors import ExportError
 from qtrain.methods.method import Context, Method, Progress, Text
 from qtrain.methods.packed.config import PackedOptions
 from qtrain.methods.packed.deployed import deployed_tensors
+from qtrain.methods.packed.lines import packed_lines
 from qtrain.methods.packed.pack import pack_layers
 from qtrain.modules.deployed import DeployedModel
 from qtrain.modules.packed_identity import packed_layers
@@ -27,7 +27,10 @@ Options = TypeVar("Options", bound=PackedOptions)
 class PackedMethod(Method[Options]):
     """A method over a frozen base of packed integers, which RUN/base keeps: a start need not be repeatable."""
 
-    keeps_base: ClassVar[bool] = True
+    @property
+    def keeps_base(self) -> bool:
+        """Always."""
+        return True
 
     def prepare(
         self,
@@ -58,10 +61,7 @@ class PackedMethod(Method[Options]):
             ExportError: ``base`` is given; codes are merged into nothing.
         """
         if base is not None:
-            raise ExportError(
-                f"export.base=original merges an adapter, and method.name={self.options.name} has none",
-                fix="leave export.base out",
-            )
+            raise ExportError(str(self.why_no_original()), fix="leave export.base out")
         plain = self.plain_model(model)
         return DeployedModel(
             config=plain.config,
@@ -72,16 +72,8 @@ class PackedMethod(Method[Options]):
         )
 
     def lines(self, model: nn.Module) -> list[str]:
-        """What is packed to how many bytes."""
-        layers = packed_layers(model)
-        kinds = Counter(_described(layer) for layer in layers.values())
-        weights = sum(layer.in_features * layer.out_features for layer in layers.values())
-        size = sum(layer.stored_bytes() for layer in layers.values())
-        return [
-            *(f"packed      {count} layers, {kind}" for kind, count in kinds.items()),
-            f"size        {size / 1e6:,.1f} MB, {8 * size / max(1, weights):.3f} bits a weight",
-            f"start       {self.options.init}",
-        ]
+        """What is packed to how many bytes, and by which start."""
+        return [*packed_lines(packed_layers(model).values()), f"start       {self.options.init}"]
 
     @staticmethod
     def run(plain: PreTrainedModel, ids: Tensor, context: Context) -> None:
@@ -89,10 +81,3 @@ class PackedMethod(Method[Options]):
         whole = isinstance(plain.get_output_embeddings(), PackedLinear)
         with context():
             (plain if whole else plain.get_decoder())(input_ids=ids, use_cache=False)
-
-
-def _described(layer: PackedLinear) -> str:
-    spec = layer.spec
-    size = f"({spec.group_size})" if spec.group_size else ""
-    inputs = f", inputs {layer.input_quantizer.extra_repr()}" if layer.input_quantizer is not None else ""
-    return f"{spec.format} {'symmetric' if spec.symmetric else 'asymmetric'}, {spec.granularity}{size}{inputs}"

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from qtrain.methods.config import MethodSection
+from qtrain.methods.config import KEPT, MethodSection
+from qtrain.methods.packed.config import PackedKeys
+
+
+class PackingSection(PackedKeys):
+    """`method.packed.*`: the integers of base=packed."""
+
+    place: ClassVar[str] = "method.packed"
 
 
 class QLoraOptions(MethodSection):
-    """Low-rank adapters over a frozen base in 4, 8 or 16 bits (Dettmers 2023, arXiv 2305.14314)."""
+    """Low-rank adapters over a frozen base in 2 to 16 bits (Dettmers 2023, arXiv 2305.14314)."""
 
     implementation: ClassVar[str] = "qtrain.methods.qlora.method:QLora"
 
-    base: Literal["nf4", "fp4", "int8", "none"] = Field(
-        "nf4", description="storage of the frozen linears; none keeps them in model.dtype (plain LoRA)"
+    codes_key: ClassVar[str | None] = "base"
+    takes_codebooks: ClassVar[bool] = True
+
+    base: Literal["nf4", "fp4", "int8", "packed", "checkpoint", "none"] = Field(
+        "nf4",
+        description="storage of the frozen linears; packed: integers by method.packed; checkpoint: the codes that "
+        "model.path holds; none keeps them in model.dtype (plain LoRA)",
+    )
+    packed: PackingSection | None = Field(
+        None, description="which integers, and what chooses them: of base=packed alone"
     )
     double_quant: bool = Field(True, description="quantize the block scales too: 4.127 bits a weight in place of 4.5")
     r: int = Field(16, ge=1, description="rank of the adapters")
@@ -31,6 +46,24 @@ class QLoraOptions(MethodSection):
     lora_init: Literal["default", "gaussian", "orthogonal"] = Field(
         "default", description="initial A (B is zero); orthogonal draws both so that their product is zero-mean"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _packed_as_resolved(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("base") == "packed" and values.get("packed") is None:
+            return values | {"packed": {}}
+        return values
+
+    @model_validator(mode="after")
+    def _packed_alone(self) -> QLoraOptions:
+        if self.packed is not None and self.base != "packed":
+            raise ValueError(
+                f"packed: its keys choose the integers of method.base=packed, and base is {self.base}: set that, or "
+                "method.packed=null"
+            )
+        if self.packed is not None and self.packed.init == KEPT:
+            raise ValueError(f"packed.init={KEPT}: method.base={KEPT} keeps the codes that model.path holds")
+        return self
 
     @model_validator(mode="after")
     def _orthogonal_needs_even_rank(self) -> QLoraOptions:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,25 @@ from peft.utils import load_peft_weights
 from torch import nn
 from transformers import PreTrainedModel
 
-from qtrain.errors import ModelError
+from qtrain.errors import ExportError, ModelError
 from qtrain.files import atomic_directory
+from qtrain.methods.config import KEPT
 from qtrain.methods.method import Method, Progress, Text
+from qtrain.methods.packed.lines import packed_lines
+from qtrain.methods.packed.pack import pack_layers
 from qtrain.methods.qlora.config import QLoraOptions
 from qtrain.methods.qlora.merge import merged_weight
 from qtrain.methods.qlora.neftune import add_neftune
 from qtrain.methods.qlora.orthogonal import start_orthogonal
 from qtrain.modules.deployed import DeployedModel, DeployedTensor
-from qtrain.modules.frozen_linear import linears, quantize_base
+from qtrain.modules.frozen_linear import frozen_kind, quantize_base
+from qtrain.modules.packed_identity import packed_layers
+from qtrain.modules.packed_linear import PackedLinear
+from qtrain.modules.quantizer import Quantizer
 
 ADAPTER = "default"
+FOLDING = ("awq", "smoothquant")
+"""Starting points that scale a layer's input in the layer before it."""
 
 
 class QLora(Method[QLoraOptions]):
@@ -32,6 +41,11 @@ class QLora(Method[QLoraOptions]):
 
     Dettmers 2023 (arXiv 2305.14314); Hu 2021 (arXiv 2106.09685) where ``base=none``.
     """
+
+    @property
+    def keeps_base(self) -> bool:
+        """Where a starting point chose the codes: another device, or other text, would choose others."""
+        return self.options.base == "packed"
 
     def prepare(
         self,
@@ -52,7 +66,20 @@ class QLora(Method[QLoraOptions]):
         options = self.options
         targets = target_names(model, options.target_modules)
         model.requires_grad_(False)
-        if options.base == "none":
+        if options.packed is not None:
+            bf16 = compute_dtype == torch.bfloat16
+            context = partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=bf16)
+            pack_layers(
+                model,
+                options.packed,
+                device=device,
+                text=text,
+                context=context,
+                progress=progress,
+                scratch=scratch,
+            )
+        elif options.base in ("none", KEPT):
+            self._check_kept(model, targets)
             model.to(device)  # type: ignore[arg-type]
         else:
             quantize_base(
@@ -131,27 +158,91 @@ class QLora(Method[QLoraOptions]):
     def deployed(
         self, model: nn.Module, *, dtype: torch.dtype, base: Mapping[str, torch.Tensor] | None = None
     ) -> DeployedModel:
-        """Each adapted linear as W + (lora_alpha / r) B A in fp32, W dequantized, or taken from ``base``."""
+        """Each adapted linear as W + (lora_alpha / r) B A in fp32, W dequantized, or taken from ``base``.
+
+        Raises:
+            ExportError: codes that only their own kernels read (AQLM), or a ``base`` that the adapter does not fit.
+        """
         inner = self.plain_model(model)
+        if foreign := [kind for kind in map(frozen_kind, _linears(inner).values()) if kind == "AQLM"]:
+            raise ExportError(
+                f"{len(foreign)} layers hold AQLM's codes, and an adapter is merged into numbers",
+                rule="their kernels alone read them",
+                fix="export.format=adapter",
+            )
+        if base is not None and (reason := self.why_no_original()):
+            raise ExportError(reason, fix="export.base=dequantized")
         return DeployedModel(
             config=inner.config,
             generation_config=inner.generation_config,
             tensors=lambda: _tensors(inner, base or {}),
             dtype=dtype,
+            notes=self._notes(inner),
         )
+
+    def why_no_original(self) -> str | None:
+        """Where ``model.path`` holds codes, or a start scaled what the adapters see."""
+        if self.options.base == KEPT:
+            return "model.path holds the codes that the adapter was trained over, and no other weights"
+        if self.options.packed is not None and self.options.packed.init in FOLDING:
+            return f"{self.options.packed.init} scaled the layers' inputs, and the adapter learned on those"
+        return None
 
     def lines(self, model: nn.Module) -> list[str]:
         """Base, adapters and what trains."""
         options = self.options
         layers = sum(isinstance(module, LoraLayer) for module in model.modules())
-        base = options.base + (
-            " + double quantization" if options.double_quant and options.base in ("nf4", "fp4") else ""
-        )
         return [
-            f"base        {'as stored' if options.base == 'none' else base}",
+            f"base        {self._base_in_words()}",
+            *self._codes(model),
             f"adapters    r {options.r}, alpha {options.lora_alpha:g}, on {layers} linear layers",
             *super().lines(model),
         ]
+
+    def _base_in_words(self) -> str:
+        options = self.options
+        if options.packed is not None:
+            return f"packed, by {options.packed.init}"
+        kept = {"none": "as stored", KEPT: "codes of model.path"}
+        nested = " + double quantization" if options.double_quant and options.base in ("nf4", "fp4") else ""
+        return kept.get(options.base, options.base + nested)
+
+    def _codes(self, model: nn.Module) -> list[str]:
+        """What the base lies in, where ``base`` does not say it."""
+        packed = packed_layers(model)
+        if packed:
+            return packed_lines(packed.values())
+        if self.options.base != KEPT:
+            return []
+        kinds = Counter(frozen_kind(layer) for layer in _linears(self.plain_model(model)).values())
+        return [f"codes       {count} layers, {kind}" for kind, count in kinds.items() if kind is not None]
+
+    def _check_kept(self, model: PreTrainedModel, targets: Sequence[str]) -> None:
+        """Raise unless the linear layers are what ``base`` says, and PEFT can adapt them as asked."""
+        kinds = {name: frozen_kind(layer) for name, layer in _linears(model).items()}
+        if self.options.base == KEPT and not any(kinds.values()):
+            raise ModelError(
+                f"method.base={KEPT} keeps the codes of a quantized checkpoint, and this model has 16-bit weights",
+                fix="a quantized directory as model.path, or method.base=nf4",
+            )
+        if self.options.dora and any(kinds[name] == "AQLM" for name in targets):
+            raise ModelError(
+                "method.dora=true over AQLM's codes",
+                rule="DoRA needs the norm of each row, and no kernel gives AQLM's weights",
+                fix="method.dora=false",
+            )
+
+    def _notes(self, inner: PreTrainedModel) -> tuple[str, ...]:
+        if self.options.base not in ("packed", KEPT):
+            return ()
+        packed = packed_layers(inner).values()
+        notes = [
+            f"adapters are merged into the numbers that method.base={self.options.base} stands for: a format of codes "
+            "quantizes the sum anew"
+        ]
+        if any(layer.input_quantizer is not None for layer in packed):
+            notes.append("the base quantized its layers' inputs in training, and nothing quantizes them here")
+        return tuple(notes)
 
 
 def target_names(model: PreTrainedModel, wanted: str | list[str]) -> list[str]:
@@ -163,7 +254,8 @@ def target_names(model: PreTrainedModel, wanted: str | list[str]) -> list[str]:
     Raises:
         ModelError: a name that matches no linear; lists those there are.
     """
-    names = [name for name, _ in linears(model)]
+    head = model.get_output_embeddings()
+    names = [name for name, module in _linears(model).items() if module is not head]
     if wanted == "all-linear":
         return names
     chosen: set[str] = set()
@@ -180,22 +272,33 @@ def target_names(model: PreTrainedModel, wanted: str | list[str]) -> list[str]:
     return [name for name in names if name in chosen]
 
 
+def _linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Linear layers by name, those of quantization libraries too, without the adapters around them."""
+    found = {
+        name: module.get_base_layer() if isinstance(module, LoraLayer) else module
+        for name, module in model.named_modules()
+        if hasattr(module, "in_features") and ".base_layer" not in name and ".lora_" not in name
+    }
+    return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+
+
 def _tensors(model: PreTrainedModel, base: Mapping[str, torch.Tensor]) -> Iterator[DeployedTensor]:
     head = model.get_output_embeddings()
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
-    layers = {name: module for name, module in model.named_modules()}
-    quantizable = {name for name, module in layers.items() if hasattr(module, "in_features") and module is not head}
-    for name, module in layers.items():
-        if ".base_layer" in name or ".lora_" in name or (tied and module is head):
+    linear = _linears(model)
+    for name, module in model.named_modules():
+        if ".base_layer" in name or ".lora_" in name or (tied and module is head) or isinstance(module, Quantizer):
             continue
         inner = module.get_base_layer() if isinstance(module, LoraLayer) else module
         for kind, tensor in inner.named_parameters(recurse=False):
             key = f"{name}.{kind}" if name else kind
-            if kind == "weight" and name in quantizable:
+            if kind == "weight" and name in linear and (module is not head or frozen_kind(inner)):
                 shape = (int(inner.out_features), int(inner.in_features))  # type: ignore[arg-type]
-                yield DeployedTensor(key, shape, True, partial(merged_weight, module, base.get(key)))
-            else:
+                yield DeployedTensor(key, shape, module is not head, partial(merged_weight, module, base.get(key)))
+            elif kind == "bias" or not isinstance(inner, PackedLinear):  # its ranges are in the weight
                 yield DeployedTensor(key, tuple(tensor.shape), False, base.get(key, tensor).detach)
+        if isinstance(inner, PackedLinear):
+            continue
         for kind, buffer in inner.named_buffers(recurse=False):
             if kind not in inner._non_persistent_buffers_set:
                 yield DeployedTensor(f"{name}.{kind}", tuple(buffer.shape), False, buffer.detach)

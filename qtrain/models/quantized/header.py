@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +21,31 @@ def read_header(directory: Path) -> dict[str, Any] | None:
     Raises:
         ModelError: a file that is no JSON, or a description without a method.
     """
-    config = _json(directory / "config.json")
-    header = config.get("quantization_config") or config.get("compression_config")
-    if header is None:
+    found = header_of(_json(directory / "config.json"), str(directory / "config.json"))
+    if found is None:
         for name, method in BESIDE.items():
             if (directory / name).is_file():
                 return {**_json(directory / name), "quant_method": method}
+    return found
+
+
+def header_of(config: Mapping[str, Any], where: str) -> dict[str, Any] | None:
+    """``read_header`` of the content of a config.json.
+
+    Args:
+        where: it was read, for errors.
+    """
+    header = config.get("quantization_config") or config.get("compression_config")
+    if header is None:
         return None
     if not isinstance(header, dict):
-        raise ModelError(f"quantization_config={header!r} is no object", where=str(directory / "config.json"))
+        raise ModelError(f"quantization_config={header!r} is no object", where=where)
     if "quant_method" not in header:
         bits = [key for key in ("load_in_4bit", "load_in_8bit") if header.get(key)]
         if not bits:
             raise ModelError(
                 "quantization_config has no quant_method",
-                where=str(directory / "config.json"),
+                where=where,
                 rule="it names how the weights are stored: gptq, awq, compressed-tensors, hqq, bitsandbytes, ...",
             )
         return {**header, "quant_method": "bitsandbytes"}  # as its first versions wrote it
