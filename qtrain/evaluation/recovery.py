@@ -14,8 +14,9 @@ class Recovery:
 
     Attributes:
         full: before quantization.
-        ptq: the same spec by absmax and rounding to nearest, untrained.
+        ptq: the same spec untrained, by absmax and rounding to nearest, or as the starting point chose.
         qat: after the training.
+        start: the starting point, where the training began at one.
     """
 
     measure: ClassVar[str] = "perplexity, held-out text"
@@ -24,12 +25,13 @@ class Recovery:
     full: float
     ptq: float
     qat: float
+    start: str | None = None
 
     @property
     def share(self) -> float | None:
         """1 - ln(qat / full) / ln(ptq / full): 1 is all, 0 nothing, below 0 worse than without training.
 
-        None where rounding to nearest costs nothing, so that there is nothing to recover.
+        None where quantization alone costs nothing, so that there is nothing to recover.
         """
         if not all(math.isfinite(value) and value > 0 for value in (self.full, self.ptq, self.qat)):
             return None
@@ -42,8 +44,9 @@ class Recovery:
         if self.qat <= self.ptq:
             return None
         return (
-            f"the trained model ({self.qat:.2f}) is worse than plain rounding to nearest ({self.ptq:.2f}): "
-            "a lower optimizer.lr, distill.loss=forward_kl, or training text nearer to the held-out text"
+            f"the trained model ({self.qat:.2f}) is worse than {self.start or 'plain rounding to nearest'} "
+            f"({self.ptq:.2f}): a lower optimizer.lr, distill.loss=forward_kl, "
+            "or training text nearer to the held-out text"
         )
 
     def rows(self) -> list[tuple[str, str]]:
@@ -51,14 +54,14 @@ class Recovery:
         share = self.share
         return [
             ("full precision", f"{self.full:.3f}"),
-            ("PTQ (round to nearest)", f"{self.ptq:.3f}"),
+            (f"PTQ ({self.start or 'round to nearest'})", f"{self.ptq:.3f}"),
             ("QAT", f"{self.qat:.3f}"),
             ("share recovered", "nothing was lost" if share is None else f"{share:.1%}"),
         ]
 
     def to_dict(self) -> dict[str, float | None]:
         """The figures and the share, as JSON takes them."""
-        return asdict(self) | {"share": self.share}
+        return {"full": self.full, "ptq": self.ptq, "qat": self.qat, "share": self.share}
 
 
 @dataclass(frozen=True)
@@ -125,5 +128,6 @@ def recovery_of(figures: Mapping[str, Any]) -> Recovery | AccuracyRecovery | Non
     found = figures.get("recovery")
     if not found:
         return None
-    kind = AccuracyRecovery if "test_accuracy" in figures else Recovery
-    return kind(found["full"], found["ptq"], found["qat"])
+    if "test_accuracy" in figures:
+        return AccuracyRecovery(found["full"], found["ptq"], found["qat"])
+    return Recovery(found["full"], found["ptq"], found["qat"], figures.get("init"))

@@ -52,12 +52,14 @@ class Method(ABC, Generic[Options]):
         progress: Progress | None = None,
         text: Text | None = None,
         scratch: Path | None = None,
+        restoring: bool = False,
     ) -> nn.Module:
         """Swap layers of ``model`` and freeze what does not train; the result lies on ``device``.
 
         Args:
             text: of the training, for methods whose frozen part is chosen by what flows into the layers.
             scratch: directory from which a long preparation goes on when it was stopped.
+            restoring: what was trained will be loaded over it, so nothing is searched for that is loaded as well.
         """
 
     @abstractmethod
@@ -110,6 +112,9 @@ class Method(ABC, Generic[Options]):
     def baselines(self, model: nn.Module) -> dict[str, Callable[[], AbstractContextManager[None]]]:
         """What the training is measured against, by name: each, entered, makes ``model`` that for a while."""
         return {}
+
+    def drop_baselines(self) -> None:
+        """Let go of what only ``baselines`` needs: they have been measured."""
 
     def lines(self, model: nn.Module) -> list[str]:
         """What was done, a fact a line, for the terminal."""

@@ -77,8 +77,8 @@ class QuantLinear(nn.Linear):
         input_on = for_input is not None and for_input.enabled and for_input.observer is None
         if not (weight_on or input_on):
             return F.linear(input, self._merged_outside_autocast(), self.bias)
-        for quantizer in (for_weight, for_input):
-            if quantizer is not None and quantizer.observer is None:
+        for quantizer, on in ((for_weight, weight_on), (for_input, input_on)):
+            if quantizer is not None and on:
                 quantizer.check_ready()
         weight_scale, weight_offset = (
             for_weight.range_tensors() if for_weight is not None and weight_on else (None, None)

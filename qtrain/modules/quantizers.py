@@ -53,9 +53,14 @@ def full_precision(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def round_to_nearest(model: nn.Module) -> Iterator[None]:
-    """Inside, every range is dynamic: absmax round-to-nearest of the same specs, the baseline without training."""
-    before = [(quantizer, vars(quantizer).copy()) for _, quantizer in quantizers(model)]
+def round_to_nearest(model: nn.Module, *, weights: bool = True) -> Iterator[None]:
+    """Inside, every range is dynamic: absmax round-to-nearest of the same specs, the baseline without training.
+
+    Args:
+        weights: theirs too; False leaves them the ranges that they have.
+    """
+    chosen = [quantizer for _, quantizer in quantizers(model) if weights or not quantizer.for_weight]
+    before = [(quantizer, vars(quantizer).copy()) for quantizer in chosen]
     with ExitStack() as hooks:
         for module in model.modules():
             if isinstance(module, PactActivation):

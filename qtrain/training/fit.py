@@ -59,7 +59,13 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
     if config.run.resume and checkpoint is None:
         say(f"no checkpoint in {run.checkpoints} yet: starting from the beginning")
     kept = run.kept_base() if checkpoint and build_method(config.method).keeps_base else None
-    module = LanguageModule(config, progress=progress_over("quantizing"), packed=kept, scratch=run.scratch)
+    module = LanguageModule(
+        config,
+        progress=progress_over("quantizing"),
+        packed=kept,
+        scratch=run.scratch,
+        restoring=checkpoint is not None,
+    )
     data = LanguageData(config.data, module.tokenizer, seed=config.run.seed)
     data.setup("fit")
     say(data.summary.lines(), title="data")
@@ -96,6 +102,7 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
     if checkpoint is None:
         # Before anything is moved: block by block distillation changes what full precision would be.
         baselines = _baselines(trainer, module, data) if validated else {}
+        module.method.drop_baselines()
         layerwise = config.distill.layerwise
         rows = max(getattr(config.method, "calibration_rows", 0), layerwise.rows if layerwise else 0)
         module.calibrate(data.rows("train", rows))
@@ -113,12 +120,14 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
     if checkpoint is not None and run.result("baselines").exists():
         earlier = json.loads(run.result("baselines").read_text(encoding="utf-8"))
         baselines, before = earlier["baselines"], earlier["before"]
+    init = getattr(config.method, "init", None)
     figures: dict[str, Any] = {
         "steps": trainer.global_step,
         "train_loss": train_loss,
         **{f"{key}_before": value for key, value in before.items()},
         **{f"{key}_after": value for key, value in after.items()},
-        "recovery": _recovery(baselines, after),
+        "recovery": _recovery(baselines, after, init),
+        **({"init": init} if init else {}),
         "tokens_per_second": throughput.tokens_per_second,
         "mfu": throughput.mfu,
         "peak_gib": throughput.peak_gib,
@@ -186,10 +195,10 @@ def block_lines(errors: Sequence[BlockError]) -> list[str]:
     return [f"{errors[i].name:<12}mean squared error {errors[i].before:.3e} to {errors[i].after:.3e}" for i in chosen]
 
 
-def _recovery(baselines: dict[str, float], after: dict[str, float]) -> dict[str, float | None] | None:
+def _recovery(baselines: dict[str, float], after: dict[str, float], init: str | None) -> dict[str, float | None] | None:
     if not baselines or not after:
         return None
-    recovery = Recovery(baselines["full"], baselines["ptq"], after["val_perplexity"])
+    recovery = Recovery(baselines["full"], baselines["ptq"], after["val_perplexity"], init)
     if recovery.warning:
         say(f"warning: {recovery.warning}")
     return recovery.to_dict()

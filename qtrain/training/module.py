@@ -53,6 +53,7 @@ class LanguageModule(L.LightningModule):
         progress: wraps the loop over layers while the base is quantized.
         packed: directory of a packed base that takes the place of quantizing one, as RUN/base holds it.
         scratch: directory from which a long preparation goes on when it was stopped.
+        restoring: what was trained will be loaded, from a checkpoint or a run, so that no starting point is needed.
     """
 
     strict_loading = False  # checkpoints hold what trains; the base comes from model.path
@@ -66,6 +67,7 @@ class LanguageModule(L.LightningModule):
         progress: Progress | None = None,
         packed: Path | None = None,
         scratch: Path | None = None,
+        restoring: bool = False,
     ) -> None:
         super().__init__()
         config.distill.check_streaming(config.data.streaming)
@@ -74,7 +76,7 @@ class LanguageModule(L.LightningModule):
         self.model: nn.Module | None = None
         self.loss_path = self.fused = ""
         self._base, self._tokenizer, self._progress = base, tokenizer, progress
-        self._packed, self._scratch = packed, scratch
+        self._packed, self._scratch, self._restoring = packed, scratch, restoring
         self._loss: Loss | None = None
         self._objective: Loss | None = None  # of the training: the loss, or the divergence from a teacher
         self._window: list[Tensor] = []  # (loss, tokens) of the micro-batches since the last step
@@ -130,7 +132,15 @@ class LanguageModule(L.LightningModule):
             )
         L.seed_everything(config.run.seed, verbose=False)  # the adapters' start is the same however long loading took
         text = None if data is None else partial(data.rows, "train")
-        self.model = self.method.prepare(base, compute_dtype=compute, device=device, progress=self._progress, text=text)
+        self.model = self.method.prepare(
+            base,
+            compute_dtype=compute,
+            device=device,
+            progress=self._progress,
+            text=text,
+            scratch=self._scratch,
+            restoring=self._restoring,
+        )
         # Lightning keeps the mode that modules are in: loaded ones are in eval, without dropout and recomputation.
         self.model.train()
         plain = self.method.plain_model(self.model)

@@ -52,7 +52,7 @@ def trained_module(config: Config, run: RunDirectory, device: torch.device) -> L
     # What answers needs no teacher.
     untaught = config.model_copy(update={"distill": DistillSection()})
     packed = run.kept_base() if build_method(config.method).keeps_base else None
-    module = LanguageModule(untaught, progress=progress_over("quantizing"), packed=packed)
+    module = LanguageModule(untaught, progress=progress_over("quantizing"), packed=packed, restoring=True)
     model = module.build(device)
     assert run.trained is not None  # verbs on a finished run look first
     module.method.restore(model, run.trained)

@@ -41,6 +41,7 @@ class PackedMethod(Method[Options]):
         progress: Progress | None = None,
         text: Text | None = None,
         scratch: Path | None = None,
+        restoring: bool = False,
     ) -> nn.Module:
         """Pack the linear layers as the starting point says, unless they are packed; freeze all of it."""
         context = partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=compute_dtype == torch.bfloat16)

@@ -35,6 +35,7 @@ class Peqa(PackedMethod[PeqaOptions]):
         progress: Progress | None = None,
         text: Text | None = None,
         scratch: Path | None = None,
+        restoring: bool = False,
     ) -> nn.Module:
         """Pack the linear layers, then let their scales train."""
         packed = super().prepare(

@@ -9,10 +9,12 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from qtrain.errors import ConfigError
 from qtrain.methods.config import MethodSection
+from qtrain.methods.qat.start_config import CONFLICTS, INITS, check_name, check_sections
 from qtrain.modules.config import QuantizerSection, WeightSection
 from qtrain.modules.kv.config import KVCacheSection
 from qtrain.modules.layer_options import section_of
 from qtrain.numerics.spec import BITS, INTEGER_BITS, QuantSpec
+from qtrain.ptq.keys import StartKeys
 from qtrain.registry import did_you_mean
 from qtrain.section import Section
 
@@ -27,7 +29,7 @@ class AdapterSection(Section):
     lora_alpha: float = Field(16.0, gt=0, description="the adapters' product is scaled by lora_alpha / r")
 
 
-class QatOptions(MethodSection):
+class QatOptions(StartKeys, MethodSection):
     """Quantization-aware training: what is multiplied in training is what will be deployed."""
 
     implementation: ClassVar[str] = "qtrain.methods.qat.method:Qat"
@@ -47,8 +49,14 @@ class QatOptions(MethodSection):
     skip: list[str] = Field(default_factory=list, description='layers that stay as they are, by name: ["*.k_proj"]')
     first_last: str | None = Field(None, description="a format for the first and the last layer, such as int8")
     lora: AdapterSection | None = Field(None, description="train adapters inside the quantizer and freeze the weights")
+    init: str | None = Field(
+        None,
+        description="codes that training begins with, chosen by: "
+        + ", ".join(INITS)
+        + "; null: by each weight's range",
+    )
     calibration_rows: int = Field(
-        32, ge=0, description="rows of training text from which static ranges and weighted starts are found"
+        32, ge=0, description="rows of training text from which static ranges, weighted starts and init are found"
     )
     scale_lr: float | None = Field(None, gt=0, description="learning rate of learned ranges; default: optimizer.lr")
     start_step: int = Field(0, ge=0, description="optimizer steps in full precision before quantization sets in")
@@ -69,6 +77,13 @@ class QatOptions(MethodSection):
                 except ConfigError as error:
                     raise ValueError(f"{error.where}: {error.what}") from None
         return rules
+
+    @field_validator("init")
+    @classmethod
+    def _known_start(cls, init: str | None) -> str | None:
+        if init is not None:
+            check_name(init)
+        return init
 
     @field_validator("first_last")
     @classmethod
@@ -111,6 +126,21 @@ class QatOptions(MethodSection):
                     f"bits_schedule ends with {last}, which is not what will be deployed: "
                     + (f"a later entry for {self.weight.format}" if self.weight else "set method.weight.format")
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _start_stays(self) -> QatOptions:
+        if self.init is None:
+            return self
+        own = [section_of(it["weight"], "weight", None, self.weight) for it in self.rules.values() if "weight" in it]
+        inputs = self.activation is not None or any(it.get("activation") is not None for it in self.rules.values())
+        weights = [section for section in (self.weight, *own) if section is not None]
+        check_sections(self.init, weights, inputs=inputs)
+        for key, reason in CONFLICTS.items():
+            if getattr(self, key):
+                raise ValueError(f"init={self.init} with {key}: {reason}: init=null, or leave {key} out")
+        if self.start_options(self.init).needs_text and not self.calibration_rows:
+            raise ValueError(f"init={self.init} looks at text: calibration_rows=128, or init=hqq, which needs none")
         return self
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +20,8 @@ from qtrain.methods.method import Context, Method, Progress, Text
 from qtrain.methods.qat.config import QatOptions
 from qtrain.methods.qat.deployed import deployed_tensors
 from qtrain.methods.qat.serving import serving_notes
+from qtrain.methods.qat.start import begin_at, copied_parameters, moved_since, with_parameters
+from qtrain.methods.qat.start_config import FOLDING
 from qtrain.modules.calibrate import calibrate
 from qtrain.modules.config import QuantizerSection
 from qtrain.modules.deployed import DeployedModel
@@ -42,6 +44,8 @@ class Qat(Method[QatOptions]):
         super().__init__(options)
         self._prepared = Prepared({})
         self._kv: list[str] = []
+        self._begun: list[str] | None = None  # layers that begin at the codes of ``init``
+        self._before_start: dict[str, Tensor] | None = None  # parameters that it moved
 
     def prepare(
         self,
@@ -52,13 +56,15 @@ class Qat(Method[QatOptions]):
         progress: Progress | None = None,
         text: Text | None = None,
         scratch: Path | None = None,
+        restoring: bool = False,
     ) -> nn.Module:
         """Swap linears (and the embedding) for their fake-quantized twins; all of it trains, or adapters and ranges.
 
         What trains is kept in fp32 whatever it was stored in: in bf16 an update below 0.4 % is lost. Weights that are
-        frozen under adapters stay as they were stored where products are made in bf16.
+        frozen under adapters stay as they were stored where products are made in bf16. With ``init`` the weights move
+        to the codes of a starting point, unless they are about to be restored.
         """
-        options = self.options
+        options, stored = self.options, model.dtype
         as_stored = options.lora is not None and compute_dtype == torch.bfloat16
         model.to(device=device, dtype=None if as_stored else torch.float32)  # type: ignore[call-arg]
         if any((options.weight, options.activation, options.embedding, options.rules)):
@@ -72,6 +78,12 @@ class Qat(Method[QatOptions]):
                 first_last=options.first_last,
                 head=options.head,
             )
+        if options.init is not None and not restoring:
+            before = copied_parameters(model, stored)
+            bf16 = compute_dtype == torch.bfloat16
+            context = partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=bf16)
+            self._begun = begin_at(model, options, text=text, context=context, progress=progress)
+            self._before_start = moved_since(model, before)
         if options.kv_cache is not None:
             self._kv = prepare_kv(model, options.kv_cache)
         model.requires_grad_(True)
@@ -90,7 +102,7 @@ class Qat(Method[QatOptions]):
             and layer.weight_quantizer.section.range in ("learned", "static")
             and layer.weight_quantizer.section.calibrate == "mse"
         }
-        if searched and rows:
+        if searched and rows and self.options.init is None:
             # Unweighted searches are worse than absmax on SmolLM2 (perplexity 63.9 against 60.5; weighted 39.3).
             with full_precision(model):
                 moments = Calibration(plain, rows, context).second_moments(list(searched))
@@ -107,8 +119,22 @@ class Qat(Method[QatOptions]):
         return QuantizationSchedule(options.start_step, options.freeze_ranges_step, options.bits_schedule)
 
     def baselines(self, model: nn.Module) -> dict[str, Callable[[], AbstractContextManager[None]]]:
-        """The model before quantization, and the same spec by absmax and rounding to nearest."""
-        return {"full": partial(full_precision, model), "ptq": partial(round_to_nearest, model)}
+        """The model before quantization, and the same spec by absmax and rounding to nearest, or as ``init`` chose.
+
+        After ``drop_baselines``, or where a start's weights were restored, what was before the start is not known.
+        """
+        if self.options.init is None:
+            return {"full": partial(full_precision, model), "ptq": partial(round_to_nearest, model)}
+        if self._before_start is None:
+            return {}
+        return {
+            "full": partial(_before, model, self._before_start),
+            "ptq": partial(round_to_nearest, model, weights=False),
+        }
+
+    def drop_baselines(self) -> None:
+        """Let go of the weights before ``init``."""
+        self._before_start = None
 
     def parameter_groups(self, model: nn.Module, lr: float) -> list[dict[str, Any]]:
         """Weights, and the learned ranges with their own lr and without weight decay."""
@@ -213,9 +239,25 @@ class Qat(Method[QatOptions]):
             kind = "symmetric" if section.symmetric else "asymmetric"
             words = f"{section.format} {kind}, {section.shared}, {section.site}"
             lines.append(f"KV cache    {words}, {len(self._kv)} layers")
+        if self.options.init is not None:
+            lines.append(self._start_line(model))
         ranges = sum(p.numel() for _, q in quantizers(model) for p in q.parameters(recurse=False) if p.requires_grad)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         return [*lines, f"trained     {trained:,} parameters" + (f", {ranges:,} of them ranges" if ranges else "")]
+
+    def _start_line(self, model: nn.Module) -> str:
+        """What ``init`` did; nothing is known of one that was restored."""
+        line = f"start       {self.options.init}"
+        if self._begun is None:
+            return line
+        weights = [one for one in model.modules() if isinstance(one, QuantLinear) and one.weight_quantizer is not None]
+        forgetful = len(weights) - len(self._begun)
+        if self._begun:
+            line += f", {len(self._begun)} layers begin at its codes"
+        if forgetful:
+            line += f", {forgetful} keep no ranges (method.weight.range=learned would)"
+            line += " and have the scales that it moved between layers" if self.options.init in FOLDING else ""
+        return line
 
     def _add_adapters(self, model: nn.Module) -> None:
         lora = self.options.lora
@@ -226,6 +268,13 @@ class Qat(Method[QatOptions]):
                 module.add_adapter(lora.r, lora.lora_alpha)
         for _, quantizer in quantizers(model):
             quantizer.requires_grad_(True)
+
+
+@contextmanager
+def _before(model: nn.Module, moved: Mapping[str, Tensor]) -> Iterator[None]:
+    """The full-precision model that a start was given."""
+    with with_parameters(model, moved), full_precision(model):
+        yield
 
 
 def described(section: QuantizerSection | None, *, weight: bool) -> str:

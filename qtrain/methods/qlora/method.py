@@ -56,6 +56,7 @@ class QLora(Method[QLoraOptions]):
         progress: Progress | None = None,
         text: Text | None = None,
         scratch: Path | None = None,
+        restoring: bool = False,
     ) -> PeftModel:
         """Freeze and quantize the base, layer by layer, then add the adapters.
 
