@@ -45,6 +45,7 @@ FORMATS: Registry[type[ExportSection]] = Registry(
     "export format",
     {
         "compressed-tensors": "qtrain.export.compressed_tensors.config:CompressedTensorsOptions",
+        "torchao": "qtrain.export.torchao.config:TorchaoOptions",
         "adapter": "qtrain.export.adapter.config:AdapterOptions",
         "merged": "qtrain.export.merged.config:MergedOptions",
     },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -34,9 +35,13 @@ class ShardWriter:
     Args:
         directory: an existing one, where the files go.
         max_shard_size: bytes.
+        metadata: what else a file's header says, given the names of its tensors.
     """
 
-    def __init__(self, directory: Path, max_shard_size: int) -> None:
+    def __init__(
+        self, directory: Path, max_shard_size: int, metadata: Callable[[Sequence[str]], dict[str, str]] | None = None
+    ) -> None:
+        self._metadata = metadata or (lambda names: {})
         self._directory = directory
         self._limit = max_shard_size
         self._held: dict[str, Tensor] = {}
@@ -58,6 +63,16 @@ class ShardWriter:
         self._held[name] = tensor.detach().cpu().contiguous()
         self._held_bytes += size
         self.total_bytes += size
+
+    def add_together(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take tensors that have to lie in one file."""
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        if self._held and self._held_bytes + size > self._limit:
+            self._flush()
+        limit, self._limit = self._limit, max(self._limit, size)
+        for name, tensor in tensors.items():
+            self.add(name, tensor)
+        self._limit = limit
 
     def finish(self) -> None:
         """Write what is held, give the files their names, and write the index."""
@@ -83,7 +98,7 @@ class ShardWriter:
         # safetensors makes files that only their owner reads; these are to be served by others too.
         path.touch()
         mode = path.stat().st_mode
-        save_file(self._held, path, metadata={"format": "pt"})
+        save_file(self._held, path, metadata={"format": "pt", **self._metadata(list(self._held))})
         path.chmod(mode)
         self._shards.append(list(self._held))
         self._held, self._held_bytes = {}, 0

@@ -13,6 +13,7 @@ PACKED: dict[str, Any] = {
     "format": "compressed-tensors",
     "layout": "pack-quantized",
     "bits": 4,
+    "zero_points": False,
     "inputs": None,
     "bits_per_quantized_weight": 4.5,
     "quantized_layers": 210,

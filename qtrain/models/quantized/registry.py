@@ -22,6 +22,7 @@ INTEGERS: Registry[Reader] = Registry(
         "awq": "qtrain.models.quantized.awq:read",
         "compressed-tensors": "qtrain.models.quantized.compressed_tensors:read",
         "hqq": "qtrain.models.quantized.hqq:read",
+        "torchao": "qtrain.models.quantized.torchao:read",
         "qtrain": "qtrain.models.quantized.packed:read",
     },
 )

@@ -110,6 +110,13 @@ class TensorFiles:
                 rule="stored as " + " or ".join(DTYPE_NAMES[dtype] for dtype in dtypes),
             )
 
+    def metadata(self) -> dict[str, str]:
+        """What the headers of all files say beside their tensors."""
+        found: dict[str, str] = {}
+        for file in {id(file): file for file in self._files.values()}.values():
+            found |= file.metadata() or {}
+        return found
+
     def get(self, name: str) -> Tensor:
         """The tensor, on the CPU."""
         self._slice(name)
