@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from qtrain.errors import ExportError
 from qtrain.export.compressed_tensors.config import CompressedTensorsOptions
-from qtrain.export.compressed_tensors.layer import quantize_linear
+from qtrain.export.integers.records import quantize_linear
 from qtrain.export.compressed_tensors.write import write
 from qtrain.export.readback import read_records
 from qtrain.modules.deployed import DeployedModel
@@ -60,7 +60,7 @@ def test_the_directory_is_whole(
     assert result["bytes"] == sum(t.numel() * t.element_size() for t in load_file(out / "model.safetensors").values())
     assert result["bits_per_quantized_weight"] == pytest.approx(4.5, abs=0.05)
     assert str(tmp_path) not in "".join(p.read_text() for p in out.glob("*.json"))
-    assert "int4 symmetric" in (out / "README.md").read_text()
+    assert "linear layers, int4, " in (out / "README.md").read_text()
 
 
 def test_the_group_size_falls_back_where_it_does_not_divide(tmp_path: Path, tiny_model: Build, deploy: Deploy) -> None:
