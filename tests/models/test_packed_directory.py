@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from qtrain.errors import ExportError, ModelError
-from qtrain.export.compressed_tensors.plan import plan_trained
+from qtrain.export.compressed_tensors.config import CompressedTensorsOptions
+from qtrain.export.integers.plan import plan_trained
 from qtrain.methods.method import build_method
 from qtrain.methods.ptq.config import PtqOptions
 from qtrain.models.packed import load_packed, save_packed
@@ -122,4 +123,4 @@ def test_zero_points_of_any_value_are_kept(tmp_path: Path, tiny_llama: LlamaForC
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     deployed = build_method(PtqOptions(name="ptq")).deployed(again, dtype=torch.float32)
     with pytest.raises(ExportError, match=r"14 layers are no whole numbers(.|\n)*q_proj(.|\n)*export\.format=merged"):
-        plan_trained(deployed.tensors())
+        plan_trained(list(deployed.tensors()), CompressedTensorsOptions())

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field
 
 from qtrain.export.compressed_tensors.trained import check_layers
-from qtrain.export.config import ExportSection, TrainedLayer
+from qtrain.export.config import TrainedLayer
+from qtrain.export.integers.config import IntegerOptions
 
 
-class CompressedTensorsOptions(ExportSection):
+class CompressedTensorsOptions(IntegerOptions):
     """Integer weights in 32-bit words (pack-quantized), read by transformers and vLLM.
 
     What was trained on codes is written with those, whatever the keys say; beside int8 inputs weights are bytes
@@ -21,31 +22,7 @@ class CompressedTensorsOptions(ExportSection):
     implementation: ClassVar[str] = "qtrain.export.compressed_tensors.write:write"
 
     bits: Literal[4, 8] = Field(4, description="of a weight")
-    group_size: int = Field(32, description="weights that share a scale; -1: one scale a row")
-    scales: Literal["mse", "absmax"] = Field("mse", description="least squared error, or each group's largest weight")
-    rounding: Literal["gptq", "nearest"] = Field(
-        "gptq", description="to the nearest code; or with GPTQ's error feedback over correlated inputs, slower"
-    )
-    calibration_rows: int = Field(
-        32, ge=0, description="rows of training text whose layer inputs weigh the errors; 0: none, all inputs alike"
-    )
-    ignore: list[str] = Field(
-        default_factory=list, description="layers that stay in 16 bits: names, or re:PATTERN; lm_head always does"
-    )
 
     def check_trained(self, layers: Iterable[TrainedLayer]) -> None:
         """By ``qtrain.export.compressed_tensors.trained``."""
         check_layers(layers)
-
-    @field_validator("group_size")
-    @classmethod
-    def _a_size(cls, group_size: int) -> int:
-        if group_size != -1 and group_size < 1:
-            raise ValueError("it is -1 (one scale a row) or a number of weights, such as 32, 64 or 128")
-        return group_size
-
-    @model_validator(mode="after")
-    def _gptq_needs_text(self) -> CompressedTensorsOptions:
-        if self.rounding == "gptq" and not self.calibration_rows:
-            raise ValueError("rounding=gptq needs calibration_rows; without them use export.rounding=nearest")
-        return self

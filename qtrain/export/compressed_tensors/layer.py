@@ -1,47 +1,12 @@
-"""One linear layer: from its weight to its record, and from the record to the tensors of the file."""
+"""The tensors of one layer in the file, from its record."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from qtrain.errors import ExportError, ModelError
-from qtrain.modules.deployed import DeployedTensor
 from qtrain.modules.record import LinearRecord
-from qtrain.numerics.affine import choose_qparams, quantize
 from qtrain.numerics.packing import pack
-from qtrain.numerics.ranges import search_qparams
-from qtrain.numerics.spec import QuantSpec
-from qtrain.ptq.gptq import gptq_codes
-
-
-def quantize_linear(
-    tensor: DeployedTensor, spec: QuantSpec, scales: str = "mse", moment: Tensor | None = None
-) -> LinearRecord:
-    """Compute the weight and decide its codes.
-
-    Args:
-        scales: mse or absmax.
-        moment: of the layer's input: E[x_j^2] [in] weighs the scale search; E[x x^T] [in, in] does that with its
-            diagonal and has the codes decided by GPTQ; None: all columns alike, the nearest codes.
-
-    Raises:
-        ExportError: the weight is not finite, or beyond what scales reach.
-    """
-    weight = tensor.value().detach()
-    hessian = moment if moment is not None and moment.ndim == 2 else None
-    importance = moment if hessian is None else hessian.diagonal()
-    try:
-        qparams = search_qparams(weight, spec, importance) if scales == "mse" else choose_qparams(weight, spec)
-        codes = quantize(weight, qparams, spec) if hessian is None else gptq_codes(weight, qparams, hessian, spec)
-    except ModelError as error:
-        raise ExportError(
-            error.what,
-            where=tensor.name,
-            rule=error.rule,
-            fix=f"export.ignore=[{tensor.name.removesuffix('.weight')}] leaves this layer in 16 bits",
-        ) from error
-    return LinearRecord(codes, *qparams, spec)
 
 
 def byte_tensors(record: LinearRecord, _: torch.dtype) -> dict[str, Tensor]:

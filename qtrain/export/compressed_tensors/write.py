@@ -36,7 +36,9 @@ def write(
     plan = plan_model(model, options)
     header = quantization_config(plan.specs, ["lm_head", *plan.kept], plan.activation)
     tensors_of = byte_tensors if plan.activation else packed_tensors
-    layout = Layout(header["format"], lambda name, record: tensors_of(record, model.dtype), header)
+    layout = Layout(
+        "compressed-tensors", header["format"], lambda name, record: tensors_of(record, model.dtype), header
+    )
     return write_integers(
         model,
         options,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import gcd
 from typing import Any
 
 from qtrain.errors import ExportError
-from qtrain.export.compressed_tensors.config import CompressedTensorsOptions
-from qtrain.export.compressed_tensors.trained import check_layers
-from qtrain.modules.deployed import DeployedTensor
+from qtrain.export.integers.config import IntegerOptions
+from qtrain.modules.deployed import DeployedModel, DeployedTensor
 from qtrain.numerics.affine import largest_divisor
 from qtrain.numerics.spec import QuantSpec
 
@@ -21,16 +21,25 @@ class Plan:
     """The layers of a model as they will be written.
 
     Attributes:
+        tensors: of the whole checkpoint, in its order.
         specs: module name to spec, in checkpoint order.
         kept: linear layers that stay unquantized because they were asked to.
         fallbacks: widths that the asked group size does not divide, with what was taken instead.
-        activation: of the layers' inputs, where the training quantized them; then weights are stored a byte each.
+        activation: of the layers' inputs, where the training quantized them.
+        trained: the specs are those of the training, and so will the codes be.
     """
 
+    tensors: Sequence[DeployedTensor]
     specs: dict[str, QuantSpec]
     kept: list[str]
     fallbacks: list[dict[str, Any]]
     activation: QuantSpec | None = None
+    trained: bool = False
+
+    def layers(self) -> dict[str, DeployedTensor]:
+        """The tensors that get codes, by module name."""
+        named = {module_name(tensor.name): tensor for tensor in self.tensors}
+        return {name: named[name] for name in self.specs}
 
     def group_sizes(self) -> dict[str, int]:
         """Group size, or ``row``, to the number of layers that have it."""
@@ -45,54 +54,66 @@ class Plan:
         ]
 
 
-def plan_layers(tensors: Iterable[DeployedTensor], options: CompressedTensorsOptions) -> Plan:
-    """Specs for all linear layers that ``options.ignore`` does not name.
+def plan_model(model: DeployedModel, options: IntegerOptions, *, uniform: bool = False) -> Plan:
+    """Specs of the training where there are any; else one for every linear layer that ``options.ignore`` leaves.
+
+    Args:
+        uniform: one group size for all layers, the largest that divides each of them, where the asked one does not.
 
     Raises:
-        ExportError: no layer is left.
+        ExportError: the format cannot hold what was trained, or no layer is left.
     """
-    specs: dict[str, QuantSpec] = {}
+    tensors = list(model.tensors())
+    return plan_trained(tensors, options) if model.trained_codes else _plan_chosen(tensors, options, uniform)
+
+
+def _plan_chosen(tensors: Sequence[DeployedTensor], options: IntegerOptions, uniform: bool) -> Plan:
+    widths: dict[str, int] = {}
     kept: list[str] = []
-    fallbacks: dict[int, dict[str, Any]] = {}
     for tensor in tensors:
-        if not tensor.linear:
-            continue
-        name = module_name(tensor.name)
-        if any(_matches(name, pattern) for pattern in options.ignore):
-            kept.append(name)
-            continue
-        width = tensor.shape[1]
-        size = None if options.group_size == -1 else largest_divisor(width, options.group_size)
-        if options.group_size not in (-1, size):
-            gap = {"in_features": width, "asked": options.group_size, "used": size or -1, "layers": 0}
-            fallbacks.setdefault(width, gap)["layers"] += 1
-        specs[name] = QuantSpec(
-            format=f"int{options.bits}",
-            granularity="per_group" if size else "per_channel",
-            group_size=size,
-            full_range=True,
-            # Costs nothing (SmolLM2 int4 g32: perplexity 39.377, with fp16 scales 39.382), and no consumer's cast
-            # to bf16 moves a weight.
-            scale_dtype="bf16",
-        )
-    if not specs:
+        if tensor.linear:
+            name = module_name(tensor.name)
+            if any(_matches(name, pattern) for pattern in options.ignore):
+                kept.append(name)
+            else:
+                widths[name] = tensor.shape[1]
+    if not widths:
         raise ExportError(
             "no layer is left to quantize",
             where="export.ignore",
             rule="at least one linear layer is quantized",
             fix="export.format=merged writes unquantized weights",
         )
-    return Plan(specs, kept, list(fallbacks.values()))
+    shared = gcd(*widths.values())
+    specs: dict[str, QuantSpec] = {}
+    fallbacks: dict[int, dict[str, Any]] = {}
+    for name, width in widths.items():
+        divided = shared if uniform else width
+        size = None if options.group_size == -1 else largest_divisor(divided, options.group_size)
+        if options.group_size not in (-1, size):
+            gap = {"in_features": width, "asked": options.group_size, "used": size or -1, "layers": 0}
+            fallbacks.setdefault(width, gap)["layers"] += 1
+        specs[name] = QuantSpec(
+            format=f"int{options.bits}",
+            symmetric=options.symmetric,
+            granularity="per_group" if size else "per_channel",
+            group_size=size,
+            full_range=options.symmetric,
+            # Costs nothing (SmolLM2 int4 g32: perplexity 39.377, with fp16 scales 39.382), and no consumer's cast
+            # to bf16 moves a weight.
+            scale_dtype="bf16",
+        )
+    return Plan(tensors, specs, kept, list(fallbacks.values()))
 
 
-def plan_trained(tensors: Iterable[DeployedTensor]) -> Plan:
+def plan_trained(tensors: Sequence[DeployedTensor], options: IntegerOptions) -> Plan:
     """The specs that linear layers were trained with.
 
     Raises:
-        ExportError: this layout cannot hold them, or there are none.
+        ExportError: this format cannot hold them, or there are none.
     """
     layers = {module_name(tensor.name): tensor for tensor in tensors if tensor.linear}
-    check_layers((name, layer.spec, layer.activation) for name, layer in layers.items())
+    options.check_trained((name, layer.spec, layer.activation) for name, layer in layers.items())
     if odd := [name for name, layer in layers.items() if not layer.whole_zero_points]:
         raise ExportError(
             f"zero points of {len(odd)} layers are no whole numbers, the first of {odd[0]}",
@@ -101,7 +122,7 @@ def plan_trained(tensors: Iterable[DeployedTensor]) -> Plan:
         )
     specs = {name: layer.spec for name, layer in layers.items() if layer.spec is not None}
     kept = [name for name in layers if name not in specs]
-    return Plan(specs, kept, [], layers[next(iter(specs))].activation)
+    return Plan(tensors, specs, kept, [], layers[next(iter(specs))].activation, trained=True)
 
 
 def module_name(tensor_name: str) -> str:

@@ -1,0 +1,1 @@
+"""What formats of integer weights share: which layer gets which spec, and the codes where none were trained."""

@@ -1,0 +1,92 @@
+"""The codes of one layer after the other: those of the training, or chosen here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import repeat
+
+from torch import Tensor
+
+from qtrain.errors import ExportError, ModelError
+from qtrain.export.integers.config import IntegerOptions
+from qtrain.export.integers.plan import Plan, module_name
+from qtrain.modules.deployed import DeployedTensor
+from qtrain.modules.record import LinearRecord
+from qtrain.numerics.affine import choose_qparams, quantize
+from qtrain.numerics.ranges import search_qparams
+from qtrain.numerics.spec import QuantSpec
+from qtrain.ptq.activation_stats import Calibration
+from qtrain.ptq.gptq import gptq_codes
+
+
+def records(
+    plan: Plan, options: IntegerOptions, calibration: Calibration | None, tensors: Iterable[DeployedTensor]
+) -> Iterator[tuple[DeployedTensor, LinearRecord | None]]:
+    """Every tensor of the plan with its record, None for those that stay as they are; one layer is held at a time.
+
+    Args:
+        tensors: the plan's, perhaps with a progress bar around them.
+
+    Raises:
+        ExportError: a weight that is not finite, or weights beside the codes.
+    """
+    moments = iter(()) if plan.trained else _input_moments(plan, options, calibration)
+    for tensor in tensors:
+        spec = plan.specs.get(module_name(tensor.name))
+        if spec is None:
+            yield tensor, None
+        elif tensor.record is not None:
+            yield tensor, _trained(tensor.name, tensor.record())
+        else:
+            yield tensor, quantize_linear(tensor, spec, options.scales, next(moments)[1])
+
+
+def quantize_linear(
+    tensor: DeployedTensor, spec: QuantSpec, scales: str = "mse", moment: Tensor | None = None
+) -> LinearRecord:
+    """Compute the weight and decide its codes.
+
+    Args:
+        scales: mse or absmax.
+        moment: of the layer's input: E[x_j^2] [in] weighs the scale search; E[x x^T] [in, in] does that with its
+            diagonal and has the codes decided by GPTQ; None: all columns alike, the nearest codes.
+
+    Raises:
+        ExportError: the weight is not finite, or beyond what scales reach.
+    """
+    weight = tensor.value().detach()
+    hessian = moment if moment is not None and moment.ndim == 2 else None
+    importance = moment if hessian is None else hessian.diagonal()
+    try:
+        qparams = search_qparams(weight, spec, importance) if scales == "mse" else choose_qparams(weight, spec)
+        codes = quantize(weight, qparams, spec) if hessian is None else gptq_codes(weight, qparams, hessian, spec)
+    except ModelError as error:
+        raise ExportError(
+            error.what,
+            where=tensor.name,
+            rule=error.rule,
+            fix=f"export.ignore=[{module_name(tensor.name)}] leaves this layer in 16 bits",
+        ) from error
+    return LinearRecord(codes, *qparams, spec)
+
+
+def _trained(name: str, record: LinearRecord) -> LinearRecord:
+    if record.outliers is not None and record.outliers.index.numel():
+        raise ExportError(
+            f"{record.outliers.index.numel()} of {record.codes.numel()} weights lie beside the codes, in 16 bits",
+            where=name,
+            rule="integer kernels have codes and scales alone; SpQR's outliers have no place",
+            fix="export.format=merged, or the 16-bit model with method.init=gptq, which needs no outliers",
+        )
+    return record
+
+
+def _input_moments(
+    plan: Plan, options: IntegerOptions, calibration: Calibration | None
+) -> Iterator[tuple[str, Tensor | None]]:
+    """Each layer with what its quantization wants to know of its inputs, in the order of the plan."""
+    if calibration is not None and options.rounding == "gptq":
+        return calibration.hessians(list(plan.specs))
+    if calibration is not None and options.scales == "mse":
+        return iter(calibration.second_moments(plan.specs).items())
+    return zip(plan.specs, repeat(None))

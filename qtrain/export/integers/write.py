@@ -1,0 +1,110 @@
+"""Write a model of integer weights, a layer at a time, in whatever layout a format gives."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from qtrain.export.card import write_card
+from qtrain.export.companions import write_companions
+from qtrain.export.integers.config import IntegerOptions
+from qtrain.export.integers.plan import Plan, module_name
+from qtrain.export.integers.records import records
+from qtrain.export.shards import ShardWriter, parse_size
+from qtrain.export.writer import Progress
+from qtrain.files import atomic_directory, write_json
+from qtrain.modules.deployed import DeployedModel
+from qtrain.modules.record import LinearRecord
+from qtrain.ptq.activation_stats import Calibration
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a format adds to a plan.
+
+    Attributes:
+        format: its name.
+        name: of the layout within the format, for the card.
+        tensors: of one layer, by their names after the layer's: ``weight_packed``.
+        header: ``quantization_config`` of config.json.
+        files: others that repeat the header, by name.
+        notes: what who runs the checkpoint must know and cannot read from it.
+    """
+
+    format: str
+    name: str
+    tensors: Callable[[str, LinearRecord], dict[str, Tensor]]
+    header: dict[str, Any]
+    files: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def write_integers(
+    model: DeployedModel,
+    options: IntegerOptions,
+    plan: Plan,
+    layout: Layout,
+    directory: Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None,
+    facts: Mapping[str, Any],
+    calibration: Calibration | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write ``directory`` and return what was done, for export.json (arguments: ``qtrain.export.writer``).
+
+    Layer by layer: a merged weight is computed, quantized, packed and let go; beside the model there is one layer and
+    one file of weights in memory, and the Hessians of a few layers if GPTQ rounds.
+
+    Raises:
+        ExportError: a weight that is not finite, or that the layout has no place for.
+    """
+    begin = time.monotonic()
+    quantized_bytes = quantized_weights = 0
+    tensors = progress(plan.tensors, len(plan.tensors)) if progress else plan.tensors
+    with atomic_directory(directory) as temporary:
+        with ShardWriter(temporary, parse_size(options.max_shard_size)) as shards:
+            for tensor, record in records(plan, options, calibration, tensors):
+                if record is None:
+                    shards.add(tensor.name, tensor.value().to(model.dtype))
+                    continue
+                name, before = module_name(tensor.name), shards.total_bytes
+                for key, value in layout.tensors(name, record).items():
+                    shards.add(f"{name}.{key}", value)
+                quantized_bytes += shards.total_bytes - before
+                quantized_weights += record.codes.numel()
+        write_companions(model, temporary, tokenizer, layout.header)
+        for name in layout.files:
+            write_json(temporary / name, layout.header)
+        unweighed = [] if plan.trained or calibration is not None else [_unweighed(options)]
+        result = {
+            "format": layout.format,
+            "layout": layout.name,
+            "bits": max(spec.bits for spec in plan.specs.values()),
+            "zero_points": any(not spec.symmetric for spec in plan.specs.values()),
+            "inputs": plan.activation and f"int{plan.activation.bits}, one scale a token",
+            "bits_per_quantized_weight": round(8 * quantized_bytes / quantized_weights, 4),
+            "bytes": shards.total_bytes,
+            "quantized_layers": len(plan.specs),
+            "group_sizes": plan.group_sizes(),
+            "fallbacks": plan.fallbacks,
+            "kept": plan.kept,
+            "scales": "as trained" if plan.trained else options.scales,
+            "rounding": "as trained" if plan.trained else options.rounding if calibration else "nearest",
+            "calibration_tokens": sum(ids.numel() for ids in calibration.rows) if calibration else 0,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "notes": [*plan.notes(), *layout.notes, *model.notes, *unweighed],
+            "seconds": round(time.monotonic() - begin, 1),
+        }
+        write_card(temporary, facts, result)
+    return result
+
+
+def _unweighed(options: IntegerOptions) -> str:
+    return f"no calibration text: scales={options.scales} weighs all inputs alike, codes are the nearest ones"
