@@ -21,7 +21,8 @@ from qtrain.errors import ModelError
 from qtrain.methods.config import METHODS
 from qtrain.methods.method import build_method
 from qtrain.methods.qlora.config import QLoraOptions
-from qtrain.methods.qlora.method import QLora, target_names
+from qtrain.methods.qlora.layers import target_names
+from qtrain.methods.qlora.method import QLora
 from qtrain.modules.frozen_linear import dense_weight
 
 CPU = torch.device("cpu")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,13 @@ from qtrain.methods.method import Method, Progress, Text
 from qtrain.methods.packed.lines import packed_lines
 from qtrain.methods.packed.pack import pack_layers
 from qtrain.methods.qlora.config import QLoraOptions
-from qtrain.methods.qlora.merge import merged_weight
+from qtrain.methods.qlora.deployed import deployed_tensors
+from qtrain.methods.qlora.layers import linear_layers, target_names
 from qtrain.methods.qlora.neftune import add_neftune
 from qtrain.methods.qlora.orthogonal import start_orthogonal
-from qtrain.modules.deployed import DeployedModel, DeployedTensor
+from qtrain.modules.deployed import DeployedModel
 from qtrain.modules.frozen_linear import frozen_kind, quantize_base
 from qtrain.modules.packed_identity import packed_layers
-from qtrain.modules.packed_linear import PackedLinear
-from qtrain.modules.quantizer import Quantizer
 
 ADAPTER = "default"
 FOLDING = ("awq", "smoothquant")
@@ -165,7 +164,7 @@ class QLora(Method[QLoraOptions]):
             ExportError: codes that only their own kernels read (AQLM), or a ``base`` that the adapter does not fit.
         """
         inner = self.plain_model(model)
-        if foreign := [kind for kind in map(frozen_kind, _linears(inner).values()) if kind == "AQLM"]:
+        if foreign := [kind for kind in map(frozen_kind, linear_layers(inner).values()) if kind == "AQLM"]:
             raise ExportError(
                 f"{len(foreign)} layers hold AQLM's codes, and an adapter is merged into numbers",
                 rule="their kernels alone read them",
@@ -176,7 +175,7 @@ class QLora(Method[QLoraOptions]):
         return DeployedModel(
             config=inner.config,
             generation_config=inner.generation_config,
-            tensors=lambda: _tensors(inner, base or {}),
+            tensors=lambda: deployed_tensors(inner, base or {}),
             dtype=dtype,
             notes=self._notes(inner),
         )
@@ -215,12 +214,12 @@ class QLora(Method[QLoraOptions]):
             return packed_lines(packed.values())
         if self.options.base != KEPT:
             return []
-        kinds = Counter(frozen_kind(layer) for layer in _linears(self.plain_model(model)).values())
+        kinds = Counter(frozen_kind(layer) for layer in linear_layers(self.plain_model(model)).values())
         return [f"codes       {count} layers, {kind}" for kind, count in kinds.items() if kind is not None]
 
     def _check_kept(self, model: PreTrainedModel, targets: Sequence[str]) -> None:
         """Raise unless the linear layers are what ``base`` says, and PEFT can adapt them as asked."""
-        kinds = {name: frozen_kind(layer) for name, layer in _linears(model).items()}
+        kinds = {name: frozen_kind(layer) for name, layer in linear_layers(model).items()}
         if self.options.base == KEPT and not any(kinds.values()):
             raise ModelError(
                 f"method.base={KEPT} keeps the codes of a quantized checkpoint, and this model has 16-bit weights",
@@ -244,62 +243,3 @@ class QLora(Method[QLoraOptions]):
         if any(layer.input_quantizer is not None for layer in packed):
             notes.append("the base quantized its layers' inputs in training, and nothing quantizes them here")
         return tuple(notes)
-
-
-def target_names(model: PreTrainedModel, wanted: str | list[str]) -> list[str]:
-    """Full names of the linears to adapt.
-
-    Args:
-        wanted: ``all-linear`` (lm_head excluded), or names: each picks the linears that are so called or end with it.
-
-    Raises:
-        ModelError: a name that matches no linear; lists those there are.
-    """
-    head = model.get_output_embeddings()
-    names = [name for name, module in _linears(model).items() if module is not head]
-    if wanted == "all-linear":
-        return names
-    chosen: set[str] = set()
-    for suffix in [wanted] if isinstance(wanted, str) else wanted:
-        hits = [name for name in names if name == suffix or name.endswith("." + suffix)]
-        if not hits:
-            there = sorted({name.rpartition(".")[2] for name in names})
-            raise ModelError(
-                f"method.target_modules: {suffix!r} matches no linear layer",
-                rule="a layer's name, or the end of it: q_proj, layers.3.mlp.up_proj",
-                fix="there is: " + ", ".join(there),
-            )
-        chosen.update(hits)
-    return [name for name in names if name in chosen]
-
-
-def _linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Linear layers by name, those of quantization libraries too, without the adapters around them."""
-    found = {
-        name: module.get_base_layer() if isinstance(module, LoraLayer) else module
-        for name, module in model.named_modules()
-        if hasattr(module, "in_features") and ".base_layer" not in name and ".lora_" not in name
-    }
-    return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
-
-
-def _tensors(model: PreTrainedModel, base: Mapping[str, torch.Tensor]) -> Iterator[DeployedTensor]:
-    head = model.get_output_embeddings()
-    tied = bool(getattr(model.config, "tie_word_embeddings", False))
-    linear = _linears(model)
-    for name, module in model.named_modules():
-        if ".base_layer" in name or ".lora_" in name or (tied and module is head) or isinstance(module, Quantizer):
-            continue
-        inner = module.get_base_layer() if isinstance(module, LoraLayer) else module
-        for kind, tensor in inner.named_parameters(recurse=False):
-            key = f"{name}.{kind}" if name else kind
-            if kind == "weight" and name in linear and (module is not head or frozen_kind(inner)):
-                shape = (int(inner.out_features), int(inner.in_features))  # type: ignore[arg-type]
-                yield DeployedTensor(key, shape, module is not head, partial(merged_weight, module, base.get(key)))
-            elif kind == "bias" or not isinstance(inner, PackedLinear):  # its ranges are in the weight
-                yield DeployedTensor(key, tuple(tensor.shape), False, base.get(key, tensor).detach)
-        if isinstance(inner, PackedLinear):
-            continue
-        for kind, buffer in inner.named_buffers(recurse=False):
-            if kind not in inner._non_persistent_buffers_set:
-                yield DeployedTensor(f"{name}.{kind}", tuple(buffer.shape), False, buffer.detach)
