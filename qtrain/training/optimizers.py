@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from qtrain.config.schema import OptimizerSection
 from qtrain.errors import ConfigError
 
+SMALLEST_8BIT = 4096
 EIGHT_BIT = {
     "adamw_8bit": bnb.optim.AdamW8bit,
     "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
@@ -33,6 +36,19 @@ def build_optimizer(groups: list[dict[str, Any]], section: OptimizerSection) -> 
         return torch.optim.AdamW(groups, fused=on_gpu, **arguments)
     optimizer: Optimizer = EIGHT_BIT[section.name](groups, **arguments)
     return optimizer
+
+
+def state_bytes(parameters: Iterable[Tensor], section: OptimizerSection) -> int:
+    """Bytes of the two moments once they are there: 8 a parameter in 32 bits; in 8 bits 2, and 8 a block of 256.
+
+    bitsandbytes keeps tensors of less than 4096 elements in 32 bits.
+    """
+    total = 0
+    for parameter in parameters:
+        count = parameter.numel()
+        small = "8bit" not in section.name or count < SMALLEST_8BIT
+        total += 8 * count if small else 2 * count + 8 * math.ceil(count / 256)
+    return total
 
 
 def lr_factor(step: int, section: OptimizerSection, total: float) -> float:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from qtrain.config.schema import OptimizerSection
 from qtrain.errors import ConfigError
-from qtrain.training.optimizers import build_optimizer, build_schedule, lr_factor
+from qtrain.training.optimizers import build_optimizer, build_schedule, lr_factor, state_bytes
 
 
 def factors(total: float, steps: int, **keys: Any) -> list[float]:
@@ -140,3 +140,22 @@ def test_groups_keep_their_own_rates_under_one_schedule() -> None:
         schedule.step()
     assert [rates[0] for rates in seen] == pytest.approx([0.5e-3, 1e-3, 1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
     assert all(b == pytest.approx(16 * a) for a, b in seen)
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU:UserWarning")
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"])
+def test_the_state_is_as_large_as_it_is_said_to_be(name: str) -> None:
+    section = OptimizerSection.model_validate({"name": name})
+    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in ((70, 100), (300,), (4096,))]
+    optimizer = build_optimizer([{"params": parameters}], section)
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    shared = {"step", "qmap1", "qmap2"}  # of all tensors together, 2 kB
+    held = sum(
+        value.nbytes
+        for state in optimizer.state.values()
+        for key, value in state.items()
+        if isinstance(value, torch.Tensor) and key not in shared
+    )
+    assert held == state_bytes(parameters, section)
