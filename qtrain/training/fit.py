@@ -30,6 +30,7 @@ from qtrain.modules.block_chain import BlockError
 from qtrain.modules.calibrate import start_weights
 from qtrain.report.write import write_report
 from qtrain.training.module import LanguageModule
+from qtrain.training.optimizers import state_bytes
 from qtrain.training.run_directory import RunDirectory
 from qtrain.training.tracking import close, log_artifacts, log_recovery, loggers
 from qtrain.training.trainer import (
@@ -91,7 +92,9 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
     save_config(config, run.config)
     write_json(run.result("data"), data.summary.to_dict())
     trainer.loggers = loggers(config, run.path, step)
-    facts = [f"loss        {module.loss_path}", f"layers      {module.fused}", products(trainer)]
+    state = state_bytes((p for p in module.model.parameters() if p.requires_grad), config.optimizer)
+    facts = [f"optimizer   {config.optimizer.name}, {state / 1e6:,.1f} MB of state"]
+    facts += [f"loss        {module.loss_path}", f"layers      {module.fused}", products(trainer)]
     if module.cache is not None:
         facts.append(f"teacher     {module.cache}")
     if not validated and module.method.baselines(module.model):
@@ -102,7 +105,6 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
     if checkpoint is None:
         # Before anything is moved: block by block distillation changes what full precision would be.
         baselines = _baselines(trainer, module, data) if validated else {}
-        module.method.drop_baselines()
         layerwise = config.distill.layerwise
         rows = max(getattr(config.method, "calibration_rows", 0), layerwise.rows if layerwise else 0)
         module.calibrate(data.rows("train", rows))

@@ -15,7 +15,7 @@ from qtrain.callbacks.saturation import Saturation
 from qtrain.callbacks.scale_drift import ScaleDrift
 from qtrain.evaluation.recovery import AccuracyRecovery
 from qtrain.methods.config import MethodSection
-from qtrain.methods.qat.method import described
+from qtrain.methods.qat.lines import described
 from qtrain.modules.config import QuantizerSection
 from qtrain.modules.quantizers import quantizers, round_to_nearest
 from qtrain.vision.config import QatOptions

@@ -212,7 +212,8 @@ class LanguageModule(L.LightningModule):
         return Teacher(model, context).to(device)
 
     def on_fit_start(self) -> None:
-        """Let go of a teacher that only the blocks learned from."""
+        """Let go of what was needed before the first step: a teacher of blocks, the weights before a start."""
+        self.method.drop_baselines()
         if self.config.distill.cached or self.config.distill.loss == "none":
             self._twin = None
 

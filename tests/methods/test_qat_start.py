@@ -264,7 +264,7 @@ def test_rules_skips_and_ends_are_those_of_the_quantizers(records: dict[str, Lin
         if layer.weight_quantizer.section.range == "learned":
             assert torch.equal(layer.codes()[0], records[name].codes)
     # 8 bits at the ends have ranges of their own, unless a rule speaks of the layer: the first q_proj.
-    assert "start       gptq, 11 layers begin at its codes, 1 keep no ranges" in "\n".join(method.lines(model))
+    assert "start       gptq, 11 layers begin at its codes, 1 layers keep no ranges" in "\n".join(method.lines(model))
 
 
 def test_layers_that_are_restored_need_no_start(records: dict[str, LinearRecord], tmp_path: Any) -> None:

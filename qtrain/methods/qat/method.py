@@ -19,11 +19,10 @@ from qtrain.files import atomic_directory, write_json
 from qtrain.methods.method import Context, Method, Progress, Text
 from qtrain.methods.qat.config import QatOptions
 from qtrain.methods.qat.deployed import deployed_tensors
+from qtrain.methods.qat.lines import described, start_line
 from qtrain.methods.qat.serving import serving_notes
 from qtrain.methods.qat.start import begin_at, copied_parameters, moved_since, with_parameters
-from qtrain.methods.qat.start_config import FOLDING
 from qtrain.modules.calibrate import calibrate
-from qtrain.modules.config import QuantizerSection
 from qtrain.modules.deployed import DeployedModel
 from qtrain.modules.kv.prepare import kv_quantizers, prepare_kv
 from qtrain.modules.prepare import Prepared, prepare_modules
@@ -94,21 +93,8 @@ class Qat(Method[QatOptions]):
     def calibrate(self, model: nn.Module, rows: Sequence[Tensor], context: Context, progress: Progress) -> None:
         """Weigh the search of weight ranges by the inputs' E[x^2], then observe what static ranges have to hold."""
         plain = self.plain_model(model)
-        searched = {
-            name: layer
-            for name, layer in model.named_modules()
-            if isinstance(layer, QuantLinear)
-            and layer.weight_quantizer is not None
-            and layer.weight_quantizer.section.range in ("learned", "static")
-            and layer.weight_quantizer.section.calibrate == "mse"
-        }
-        if searched and rows and self.options.init is None:
-            # Unweighted searches are worse than absmax on SmolLM2 (perplexity 63.9 against 60.5; weighted 39.3).
-            with full_precision(model):
-                moments = Calibration(plain, rows, context).second_moments(list(searched))
-            for name, layer in progress(iter(searched.items()), len(searched)):
-                assert layer.weight_quantizer is not None
-                layer.weight_quantizer.start(layer.merged_weight().detach(), moments[name])
+        if self.options.init is None:
+            self._weigh_ranges(plain, rows, context, progress)
         device = next(model.parameters()).device
         calibrate(model, rows, lambda ids: _run(plain, ids.to(device), context))
 
@@ -240,24 +226,29 @@ class Qat(Method[QatOptions]):
             words = f"{section.format} {kind}, {section.shared}, {section.site}"
             lines.append(f"KV cache    {words}, {len(self._kv)} layers")
         if self.options.init is not None:
-            lines.append(self._start_line(model))
+            lines.append(start_line(self.options.init, model, self._begun))
         ranges = sum(p.numel() for _, q in quantizers(model) for p in q.parameters(recurse=False) if p.requires_grad)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         return [*lines, f"trained     {trained:,} parameters" + (f", {ranges:,} of them ranges" if ranges else "")]
 
-    def _start_line(self, model: nn.Module) -> str:
-        """What ``init`` did; nothing is known of one that was restored."""
-        line = f"start       {self.options.init}"
-        if self._begun is None:
-            return line
-        weights = [one for one in model.modules() if isinstance(one, QuantLinear) and one.weight_quantizer is not None]
-        forgetful = len(weights) - len(self._begun)
-        if self._begun:
-            line += f", {len(self._begun)} layers begin at its codes"
-        if forgetful:
-            line += f", {forgetful} keep no ranges (method.weight.range=learned would)"
-            line += " and have the scales that it moved between layers" if self.options.init in FOLDING else ""
-        return line
+    def _weigh_ranges(
+        self, model: PreTrainedModel, rows: Sequence[Tensor], context: Context, progress: Progress
+    ) -> None:
+        searched = {
+            name: layer
+            for name, layer in model.named_modules()
+            if isinstance(layer, QuantLinear)
+            and layer.weight_quantizer is not None
+            and layer.weight_quantizer.section.range in ("learned", "static")
+            and layer.weight_quantizer.section.calibrate == "mse"
+        }
+        if searched and rows:
+            # Unweighted searches are worse than absmax on SmolLM2 (perplexity 63.9 against 60.5; weighted 39.3).
+            with full_precision(model):
+                moments = Calibration(model, rows, context).second_moments(list(searched))
+            for name, layer in progress(iter(searched.items()), len(searched)):
+                assert layer.weight_quantizer is not None
+                layer.weight_quantizer.start(layer.merged_weight().detach(), moments[name])
 
     def _add_adapters(self, model: nn.Module) -> None:
         lora = self.options.lora
@@ -275,16 +266,6 @@ def _before(model: nn.Module, moved: Mapping[str, Tensor]) -> Iterator[None]:
     """The full-precision model that a start was given."""
     with with_parameters(model, moved), full_precision(model):
         yield
-
-
-def described(section: QuantizerSection | None, *, weight: bool) -> str:
-    """A quantizer in words: ``int4 symmetric, per_group(64), learned``."""
-    if section is None:
-        return ""
-    spec = section.spec(weight=weight)
-    size = f"({spec.group_size})" if spec.group_size else ""
-    levels = "half-integer levels" if spec.mid_rise else "symmetric" if spec.symmetric else "asymmetric"
-    return f"{spec.format} {levels}, {spec.granularity}{size}, {section.range}"
 
 
 def _run(model: PreTrainedModel, ids: Tensor, context: Context) -> None:
