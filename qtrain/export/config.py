@@ -47,6 +47,7 @@ FORMATS: Registry[type[ExportSection]] = Registry(
         "compressed-tensors": "qtrain.export.compressed_tensors.config:CompressedTensorsOptions",
         "torchao": "qtrain.export.torchao.config:TorchaoOptions",
         "adapter": "qtrain.export.adapter.config:AdapterOptions",
+        "gguf": "qtrain.export.gguf.config:GgufOptions",
         "merged": "qtrain.export.merged.config:MergedOptions",
     },
 )

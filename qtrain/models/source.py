@@ -1,4 +1,4 @@
-"""Where a model's files are: a hub id, a directory, a .gguf file or one inside an installed package."""
+"""Where a model's files are: a hub id, a directory, a .gguf file (alone in a directory, or in an installed package)."""
 
 from __future__ import annotations
 
@@ -51,7 +51,11 @@ def find_model(section: ModelSection) -> ModelSource:
         return ModelSource("gguf", str(path))
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ModelError(f"model.path={name} has no config.json", rule="a model directory holds config.json")
+            if len(files := list(path.glob("*.gguf"))) == 1:
+                return ModelSource("gguf", str(files[0]))
+            raise ModelError(
+                f"model.path={name} has no config.json", rule="a model directory holds config.json, or one .gguf file"
+            )
         if not list(path.glob("*.safetensors")):
             pickles = [file.name for file in path.glob("*.bin")]
             raise ModelError(
