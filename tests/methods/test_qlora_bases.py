@@ -55,6 +55,7 @@ Bnb = of_models("test_quantized_bitsandbytes").Bnb
 PACKED: dict[str, dict[str, Any]] = {
     "hqq int4": {"init": "hqq", "weight": {**GROUPS, "symmetric": False}},
     "hqq int3": {"init": "hqq", "weight": {**GROUPS, "format": "int3", "symmetric": False}},
+    "hqq int6": {"init": "hqq", "weight": {**GROUPS, "format": "int6"}},
     "int8 rows (EETQ)": {"init": "rtn", "weight": {"format": "int8"}},
     "gptq int4": {"init": "gptq", "weight": GROUPS},
     "awq int4": {"init": "awq", "weight": GROUPS},
