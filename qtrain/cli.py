@@ -58,6 +58,8 @@ def _dispatch(words: list[str]) -> int:
         )
     if verb.needs_run:
         require_run(request)
+    if verb.judges:
+        _ = request.exports  # an error where there is none, before anything heavy is imported
     check_inputs(request, splits=splits_of(verb, request))
     resolve(verb.run)(request)
     return 0

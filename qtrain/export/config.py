@@ -31,6 +31,7 @@ class ExportSection(Section):
     )
     evaluate: bool = Field(True, description="measure KL, top-1 agreement and perplexity against the trained model")
     evaluate_windows: int = Field(16, ge=1, description="held-out text for that: so many times data.max_length tokens")
+    verify: bool = Field(True, description="read it back and compare it with the trained model, number by number")
     max_shard_size: str = Field("1GB", description="largest file of weights; also bounds the memory of the export")
 
     def check_trained(self, layers: Iterable[TrainedLayer]) -> None:

@@ -4,85 +4,69 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from qtrain.config.schema import Config
-from qtrain.data.datamodule import LanguageData
-from qtrain.data.sample import Sample
-from qtrain.errors import ExportError
-from qtrain.evaluation.drift import Drift, drift
+from qtrain.errors import ErrorList, ExportError
 from qtrain.evaluation.progress import progress_over
 from qtrain.export.card import write_card
+from qtrain.export.locations import ExportLocation
+from qtrain.export.verify.adapter import check_adapter
+from qtrain.export.verify.files import digests
+from qtrain.export.verify.verdict import Verdict
+from qtrain.export.writer import Writer
 from qtrain.files import write_json
-from qtrain.models.config import ModelSection
-from qtrain.models.dtype import DTYPES, resolve_dtypes
 from qtrain.models.load import load_model
-from qtrain.modules.deployed import DeployedModel
-from qtrain.ptq.activation_stats import Calibration, Context
 from qtrain.registry import resolve
 from qtrain.report.write import write_report
-from qtrain.training.module import LanguageModule
+from qtrain.training.reference import Reference
 from qtrain.training.run_directory import RunDirectory
 from qtrain.training.tracking import close, log_artifacts, loggers
-from qtrain.training.trained import best_device, trained_module
+from qtrain.training.verify_run import check_written, judge, load_export
 
 
 def export_run(config: Config, run: RunDirectory) -> dict[str, Any]:
     """Write ``export.format`` to ``export.dir`` (default RUN/export/FORMAT); the facts, as export.json holds them.
 
+    ``export.verify`` then reads it back and compares it with the trained model; ``export.evaluate`` also runs it.
+
     Raises:
         ExportError: the directory holds something that is no export.
+        ErrorList: what was written is not what was trained. It stays there to be looked at, and export.json says so.
     """
-    options, device = config.export, best_device()
+    options = config.export
     directory = Path(options.dir) if options.dir else run.export(options.format)
     _check_target(directory)
-    module = trained_module(config, run, device)
-    assert module.model is not None
-    data = LanguageData(config.data, module.tokenizer, seed=config.run.seed)
-    data.setup("fit")
-    facts = _facts(config, run, module.method.lines(module.model))
+    reference = Reference.of(config, run)
+    facts = _facts(config, run, reference.module.method.lines(reference.model))
     write = resolve(options.implementation)
+    verdict: Verdict | None = None
     if options.takes == "trained":
-        if not isinstance(module.model, PeftModel):
+        if not isinstance(reference.model, PeftModel):
             raise ExportError(
                 f"export.format={options.format} writes PEFT's adapters, and method.name={config.method.name} has none",
                 fix="export.format=compressed-tensors",
             )
-        found: dict[str, Any] = write(module.model, directory, module.tokenizer, facts)
+        tokenizer = reference.module.tokenizer
+        found: dict[str, Any] = write(reference.model, directory, tokenizer, facts)
+        if reference.module.method.keeps_base:
+            reason = reference.module.method.why_no_original()
+            found["notes"].append(f"it was trained over the codes in {run.base}" + (f": {reason}" if reason else ""))
+        if options.verify:
+            verdict = check_adapter(directory, reference.model, tokenizer)
     else:
-        storage, compute = resolve_dtypes(config.model.dtype, config.method.compute_dtype, device)
-        base = getattr(options, "base", "dequantized")
-        deployed = _deployed(module, config, base, storage)
-        rows = 0 if deployed.trained_codes else getattr(options, "calibration_rows", 0)
-        context = partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=compute == torch.bfloat16)
-        found = write(
-            deployed,
-            options,
-            directory,
-            tokenizer=module.tokenizer,
-            facts=facts,
-            calibration=_calibration(module, data, rows, context),
-            progress=progress_over("exporting"),
-        )
-        if options.evaluate:
-            with context():
-                candidate = load_model(ModelSection(path=str(directory)), storage, device=device)
-                module.method.serve(module.model, candidate)
-                found |= _measure(module, candidate, data, config).to_dict()
-                del candidate
-                if hasattr(options, "base") and module.method.why_no_original() is None:
-                    found["alternative"] = _alternative(module, config, data, storage, base)
-            write_card(directory, facts | {"figures": _figures(found)}, found)
+        found, verdict = _deploy(reference, write, directory, facts)
     found["directory"] = str(directory)
+    if verdict is not None:
+        found["verified"] = verdict.to_dict()
     _record(run, options.format, found)
     write_report(run.path)
+    if verdict is not None and not verdict.passed:
+        raise ErrorList(verdict.failures_with("run the export again; if it fails again, this is a defect of qtrain"))
     if config.wandb.enabled:
         again = config.model_copy(update={"run": config.run.model_copy(update={"resume": True})})
         open_loggers = loggers(again, run.path)
@@ -91,52 +75,50 @@ def export_run(config: Config, run: RunDirectory) -> dict[str, Any]:
     return found
 
 
-def _deployed(module: LanguageModule, config: Config, base: str, storage: torch.dtype) -> DeployedModel:
-    weights: Mapping[str, Tensor] | None = None
-    if base == "original":
-        if reason := module.method.why_no_original():
-            raise ExportError(reason, where="export.base=original", fix="leave export.base out")
-        weights = load_model(config.model, torch.float32).state_dict()
-    assert module.model is not None
-    return module.method.deployed(module.model, dtype=DTYPES.get(config.export.dtype, storage), base=weights)
+def _deploy(
+    reference: Reference, write: Writer, directory: Path, facts: Mapping[str, Any]
+) -> tuple[dict[str, Any], Verdict | None]:
+    """Write the plain checkpoint, read it back and run it, as the options ask."""
+    options = reference.config.export
+    base = getattr(options, "base", "dequantized")
+    deployed = reference.deployed(base)
+    found = write(
+        deployed,
+        options,
+        directory,
+        tokenizer=reference.module.tokenizer,
+        facts=facts,
+        calibration=reference.calibration(0 if deployed.trained_codes else getattr(options, "calibration_rows", 0)),
+        progress=progress_over("exporting"),
+    )
+    written = ExportLocation(options.format, directory, {})
+    verdict = check_written(reference, written, deployed) if options.verify else None
+    if verdict is not None and verdict.lossy:
+        found["sha256"] = digests(directory)
+    if options.evaluate:
+        with reference.context():
+            candidate = load_export(reference, written)
+            found |= reference.drift(candidate).to_dict()
+            if verdict is not None:
+                judge(verdict, reference, candidate, found, deployed, {})
+            del candidate
+            if hasattr(options, "base") and reference.module.method.why_no_original() is None:
+                found["alternative"] = _alternative(reference, base)
+        write_card(directory, {**facts, "figures": _figures(found)}, found)
+    return found, verdict
 
 
-def _calibration(module: LanguageModule, data: LanguageData, rows: int, context: Context) -> Calibration | None:
-    if not rows:
-        return None
-    assert module.model is not None
-    samples = data.samples("train", rows * data.section.max_length)
-    return Calibration(module.method.plain_model(module.model), [_ids(sample) for sample in samples], context)
-
-
-def _measure(module: LanguageModule, candidate: PreTrainedModel, data: LanguageData, config: Config) -> Drift:
-    assert module.model is not None
-    split = "train" if config.data.validation is None else "validation"
-    samples = data.samples(split, config.export.evaluate_windows * config.data.max_length)
-    device = candidate.device
-    rows = [_ids(sample).to(device) for sample in samples]
-    labels = [torch.tensor([sample.labels]) for sample in samples]
-    return drift(module.method.plain_model(module.model), candidate, rows, labels=labels)
-
-
-def _alternative(
-    module: LanguageModule, config: Config, data: LanguageData, storage: torch.dtype, base: str
-) -> dict[str, Any]:
+def _alternative(reference: Reference, base: str) -> dict[str, Any]:
     """The drift of merging into the other base: dequantized, which was trained on, or original."""
     other = "original" if base == "dequantized" else "dequantized"
-    candidate = load_model(config.model, storage, device=best_device())
-    deployed = _deployed(module, config, other, storage)
+    candidate = load_model(reference.config.model, reference.storage, device=reference.device)
     with torch.no_grad():
         parameters = dict(candidate.named_parameters())
-        for tensor in deployed.tensors():
+        for tensor in reference.deployed(other).tensors():
             if tensor.name in parameters:
                 parameters[tensor.name].copy_(tensor.value())
-    found = _measure(module, candidate, data, config)
+    found = reference.drift(candidate)
     return {"base": other, "kl": found.kl, "top1": found.top1, "candidate_perplexity": found.candidate_perplexity}
-
-
-def _ids(sample: Sample) -> Tensor:
-    return torch.tensor([sample.input_ids])
 
 
 def _facts(config: Config, run: RunDirectory, done: list[str]) -> dict[str, Any]:

@@ -16,6 +16,11 @@ def run(request: Request) -> None:
     facts = {"directory": found["directory"], "size": f"{found['bytes'] / 1e6:.1f} MB, {found['seconds']:.0f} s"}
     if "bits_per_quantized_weight" in found:
         facts["bits"] = f"{found['bits_per_quantized_weight']:.2f} a weight in {found['quantized_layers']} layers"
+    if counts := found.get("verified", {}).get("counts"):
+        words = (
+            f"{its['differing']:,} of {its['compared']:,} {kind}" for kind, its in counts.items() if its["compared"]
+        )
+        facts["differing"] = ", ".join(words) or "what is not quantized is equal bit by bit"
     say([f"{name:<12}{value}" for name, value in facts.items()], title=f"exported: {request.config.export.format}")
     for note in found.get("notes", []):
         say(f"{'note':<12}{note}")

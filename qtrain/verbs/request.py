@@ -10,9 +10,10 @@ from qtrain.config.compose import load_recipe, parse_overrides
 from qtrain.config.schema import Config, RunConfig, VisionConfig
 from qtrain.data.sources import check_sources
 from qtrain.errors import CheckpointError, ErrorList, QtrainError
+from qtrain.export.locations import ExportLocation, find_exports
 from qtrain.models.source import find_model
 from qtrain.training.run_directory import RunDirectory
-from qtrain.verbs.table import Verb
+from qtrain.verbs.table import VERBS, Verb
 from qtrain.vision.files import find_files, find_weights
 
 
@@ -24,22 +25,35 @@ class Request:
         config: the resolved config.
         run: the run's directory; for a verb on a finished run, that run's.
         other_model: ``model.path`` was given beside a run: work on that model, not on the run's.
+        paths: of exports of the run, for a verb that judges them; none are all.
     """
 
     config: Config
     run: RunDirectory
     other_model: bool
+    paths: tuple[str, ...] = ()
 
     @property
     def trained(self) -> bool:
         """Whether the run's trained model is meant."""
         return self.run.trained is not None and not self.other_model
 
+    @property
+    def exports(self) -> list[ExportLocation]:
+        """The exports at ``paths``.
+
+        Raises:
+            ExportError: there is none.
+        """
+        return find_exports(self.run.path, self.paths)
+
 
 def read_request(verb: str, words: Sequence[str]) -> Request:
     """Compose the config from ``recipe=``, the config of ``run.dir`` where there is one, and the overrides."""
     recipes = [word.partition("=")[2] for word in words if word.startswith("recipe=")]
-    overrides = [word for word in words if not word.startswith("recipe=")]
+    judges = VERBS.get(verb).judges
+    paths = [word for word in words if judges and word.startswith("model.path=")]
+    overrides = [word for word in words if not word.startswith("recipe=") and word not in paths]
     given = parse_overrides(overrides)
     run_section = given.get("run") or {}
     recipe: str | Path | None = recipes[-1] if recipes else None
@@ -48,7 +62,15 @@ def read_request(verb: str, words: Sequence[str]) -> Request:
         recipe = Path(directory) / "config.yaml"
     config = load_recipe(recipe, *overrides)
     other_model = recipe is not None and "path" in (given.get("model") or {})
-    return Request(config, RunDirectory.of(config, default_name=verb), other_model)
+    return Request(config, RunDirectory.of(config, default_name=verb), other_model, _paths(paths))
+
+
+def _paths(words: Sequence[str]) -> tuple[str, ...]:
+    """``model.path=DIR`` or ``model.path=[DIR,DIR]`` as paths."""
+    if not words:
+        return ()
+    value = parse_overrides(list(words)).model.path
+    return (value,) if isinstance(value, str) else tuple(map(str, value or ()))
 
 
 def splits_of(verb: Verb, request: Request) -> tuple[str, ...]:

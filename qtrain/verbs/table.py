@@ -18,6 +18,7 @@ class Verb:
         splits: data that must be there.
         tasks: those it serves.
         needs_run: works on a finished run.
+        judges: works on exports of that run; ``model.path`` names them and not the run's own model.
         optional: its ``splits`` may be absent; data.train may not where the method looks at text.
     """
 
@@ -27,6 +28,7 @@ class Verb:
     splits: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ("language",)
     needs_run: bool = False
+    judges: bool = False
     optional: bool = False
 
 
@@ -81,6 +83,13 @@ VERBS: Registry[Verb] = Registry(
             "qtrain.verbs.export:run",
             (*EVERYWHERE, "export"),
             needs_run=True,
+        ),
+        "verify": Verb(
+            "compare exports of a run with what was trained: all, or those at model.path",
+            "qtrain.verbs.verify:run",
+            (*EVERYWHERE, "export"),
+            needs_run=True,
+            judges=True,
         ),
         "recipes": Verb("list the recipes that come with qtrain", "qtrain.verbs.recipes:run", ()),
     },

@@ -73,6 +73,7 @@ class Comparison:
         counts: of codes, scales and zero points.
         tensors: how many plain tensors are equal bit by bit.
         lossy: layers whose codes were chosen when the export was written.
+        other_inputs: layers whose inputs a consumer does not quantize as the training did.
         layout: layers that are described otherwise than they were trained.
         names: tensors that are missing or too many.
         wrong: plain tensors of another shape, dtype or content.
@@ -81,6 +82,7 @@ class Comparison:
     counts: dict[str, Count] = field(default_factory=lambda: {kind: Count() for kind in KINDS})
     tensors: int = 0
     lossy: int = 0
+    other_inputs: int = 0
     layout: list[QtrainError] = field(default_factory=list)
     names: list[QtrainError] = field(default_factory=list)
     wrong: list[QtrainError] = field(default_factory=list)
@@ -95,6 +97,7 @@ def compare(stored: Stored, deployed: DeployedModel, progress: Progress | None =
         name = tensor.name.removesuffix(".weight")
         layer = stored.layers.get(name)
         seen |= {tensor.name, name}
+        result.other_inputs += not _same_inputs(layer, tensor)
         if layer is not None:
             _compare_layer(name, layer, tensor, result)
         elif tensor.name in stored.others:
@@ -152,6 +155,15 @@ def _layout_problems(name: str, layer: QuantizedLayer, tensor: DeployedTensor) -
             where=name,
             rule="the header says what a layer's input is quantized to",
         )
+
+
+def _same_inputs(layer: QuantizedLayer | None, tensor: DeployedTensor) -> bool:
+    own = tensor.activation
+    if own is None or layer is None or layer.inputs is None:
+        return own is None
+    # A scale a token is absmax / 127 or absmax / 127.5: that alone moves logits.
+    convention = own.convention == layer.inputs.spec.convention
+    return convention or not own.symmetric or own.granularity != "per_token"
 
 
 def _compare_plain(tensor: DeployedTensor, stored: Stored, dtype: torch.dtype, result: Comparison) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -56,3 +57,24 @@ def _index_problems(index: Path, held: dict[str, str], files: list[str]) -> Iter
         yield ExportError(f"{name} of {held[name]} is not in it", where=str(index), rule=rule)
     for file in sorted(set(files) - set(promised.values())):
         yield ExportError(f"{file} is not in it", where=str(index), rule="no other files of weights lie beside it")
+
+
+def digests(directory: Path) -> dict[str, str]:
+    """SHA-256 of each file of weights."""
+    found = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        with path.open("rb") as file:
+            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def changed_files(directory: Path, written: Mapping[str, str]) -> Iterator[ExportError]:
+    """Files of weights that are not, byte by byte, what was written: for codes that no run can give again."""
+    there = digests(directory)
+    for name in sorted(there.keys() | written.keys()):
+        if there.get(name) != written.get(name):
+            yield ExportError(
+                "its bytes are not those that were written",
+                where=str(directory / name),
+                rule="codes that were chosen at the export are known by the file's SHA-256",
+            )

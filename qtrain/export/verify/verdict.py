@@ -17,6 +17,7 @@ class Verdict:
     Attributes:
         format: its name in ``export.format``.
         lossy: its codes are not the training's: a merged model was quantized when it was written.
+        same_inputs: a consumer quantizes the layers' inputs as the training did, or neither does.
         cells: what was looked at, in the order of the table, and what was found in a word or a figure.
         failures: what must not be.
         notes: what is worth knowing.
@@ -26,6 +27,7 @@ class Verdict:
     format: str
     directory: Path
     lossy: bool = False
+    same_inputs: bool = True
     cells: dict[str, str] = field(default_factory=dict)
     failures: list[QtrainError] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

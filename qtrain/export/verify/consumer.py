@@ -1,0 +1,77 @@
+"""What a consumer computed from an export, beside what the training graph computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from qtrain.errors import ExportError
+from qtrain.export.verify.verdict import Verdict
+
+PERPLEXITY = 1e-3
+"""How far apart perplexities may be, relatively: codes are equal, so what is left is the order of sums."""
+TOP1 = 0.999
+"""Share of equal likeliest tokens where both compute in fp32."""
+
+
+def judge_figures(verdict: Verdict, found: Mapping[str, Any], fp32: bool, recorded: Mapping[str, Any]) -> None:
+    """Held-out text: perplexity, and the share of positions with the same likeliest token.
+
+    Args:
+        found: ``qtrain.evaluation.drift.Drift``, as a dict.
+        fp32: the consumer computes the same fp32 arithmetic.
+        recorded: the same, from when the export was written. A lossy one is compared with that, if the text was as
+            long; an exact one with the trained model.
+    """
+    before, after, top1 = found["reference_perplexity"], found["candidate_perplexity"], found["top1"]
+    same_text = recorded.get("tokens") == found["tokens"]
+    problems: dict[str, list[ExportError]] = {"perplexity": [], "top-1": []}
+    if verdict.lossy:
+        if same_text:
+            then = recorded["candidate_perplexity"]
+            problems["perplexity"] += _apart(after, then, "when it was written", str(verdict.directory))
+            if abs(top1 - recorded["top1"]) > 1 - TOP1:
+                problems["top-1"].append(
+                    ExportError(
+                        f"the likeliest token is the same at {top1:.2%}, at {recorded['top1']:.2%} when it was written",
+                        where=str(verdict.directory),
+                        rule="a lossy export stays what it was",
+                    )
+                )
+    elif verdict.same_inputs:
+        problems["perplexity"] += _apart(after, before, "of the trained model", str(verdict.directory))
+        if fp32 and not top1 >= TOP1:
+            problems["top-1"].append(
+                ExportError(
+                    f"the likeliest token is the same at {top1:.3%} of {found['tokens']:,} positions",
+                    where=str(verdict.directory),
+                    rule=f"at least {TOP1:.1%} where both compute in fp32",
+                )
+            )
+    verdict.found("perplexity", problems["perplexity"], f"{after:.3f}")
+    verdict.found("top-1", problems["top-1"], f"{top1:.2%}")
+    verdict.figures |= {key: found[key] for key in ("kl", "top1", "reference_perplexity", "candidate_perplexity")}
+
+
+def judge_tokens(verdict: Verdict, found: Sequence[int], own: Sequence[int], fp32: bool) -> None:
+    """Greedy tokens of the consumer and of the training graph after the same prompt."""
+    same = next((i for i, (a, b) in enumerate(zip(found, own, strict=False)) if a != b), min(len(found), len(own)))
+    right = same == len(found) == len(own)
+    problem = ExportError(
+        f"greedy decoding goes another way after {same} of {len(own)} tokens",
+        where=str(verdict.directory),
+        rule="all are equal where both compute in fp32",
+    )
+    judged = fp32 and not verdict.lossy and verdict.same_inputs
+    verdict.found("greedy", [problem] if judged and not right else [], f"{same} of {len(own)}")
+    verdict.figures |= {"greedy_equal": same, "greedy_tokens": len(own)}
+
+
+def _apart(after: float, before: float, whose: str, where: str) -> Iterator[ExportError]:
+    # Written so that NaN is apart from everything.
+    if not abs(after / before - 1) <= PERPLEXITY:
+        yield ExportError(
+            f"perplexity {after:.4f}, and {before:.4f} {whose}",
+            where=where,
+            rule=f"at most {PERPLEXITY:.1%} apart",
+        )

@@ -1,0 +1,104 @@
+"""Exports of a run, each compared with the model that was trained and measured in the program that will run it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from qtrain.config.schema import Config
+from qtrain.errors import ModelError
+from qtrain.evaluation.progress import progress_over
+from qtrain.export.config import FORMATS
+from qtrain.export.locations import ExportLocation
+from qtrain.export.verify.adapter import check_adapter
+from qtrain.export.verify.check import check_export
+from qtrain.export.verify.consumer import judge_figures, judge_tokens
+from qtrain.export.verify.files import changed_files
+from qtrain.export.verify.verdict import Verdict
+from qtrain.files import write_json
+from qtrain.models.config import ModelSection
+from qtrain.models.dtype import DTYPES
+from qtrain.models.load import load_model
+from qtrain.modules.deployed import DeployedModel
+from qtrain.report.write import write_report
+from qtrain.training.reference import Reference
+from qtrain.training.run_directory import RunDirectory
+
+STORED = {"float32": "fp32", "bfloat16": "bf16"}
+
+
+def verify_run(config: Config, run: RunDirectory, exports: Sequence[ExportLocation]) -> list[Verdict]:
+    """Verify each export; RUN/verify.json holds what was found.
+
+    ``config.export.evaluate`` false leaves out the part that runs the exports.
+    """
+    reference = Reference.of(config, run)
+    verdicts = [_verify(reference, export) for export in exports]
+    write_json(run.result("verify"), verdicts_json(verdicts))
+    write_report(run.path)
+    return verdicts
+
+
+def verdicts_json(verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """The content of verify.json."""
+    return {"passed": all(it.passed for it in verdicts), "exports": {it.format: it.to_dict() for it in verdicts}}
+
+
+def check_written(reference: Reference, export: ExportLocation, deployed: DeployedModel) -> Verdict:
+    """What the files of an export say, without running it."""
+    tokenizer = reference.module.tokenizer
+    verdict = check_export(export.format, export.directory, deployed, tokenizer, progress_over("verifying"))
+    if verdict.lossy and "sha256" in export.facts and "files" in verdict.cells:
+        verdict.found("files", changed_files(export.directory, export.facts["sha256"]))
+    return verdict
+
+
+def judge(
+    verdict: Verdict,
+    reference: Reference,
+    candidate: PreTrainedModel,
+    found: Mapping[str, Any],
+    deployed: DeployedModel,
+    recorded: Mapping[str, Any],
+) -> None:
+    """Add what a loaded export computes: the figures of its drift, and greedy tokens."""
+    fp32 = {reference.compute, reference.storage, deployed.dtype} == {torch.float32}
+    judge_figures(verdict, found, fp32, recorded)
+    judge_tokens(verdict, reference.continuation(candidate), reference.continuation(reference.plain), fp32)
+
+
+def load_export(reference: Reference, export: ExportLocation) -> PreTrainedModel:
+    """The export in transformers, with what its consumer switches on at run time.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    section = ModelSection(path=str(export.directory))
+    candidate = load_model(section, reference.storage, device=reference.device)
+    reference.module.method.serve(reference.model, candidate)
+    return candidate
+
+
+def _verify(reference: Reference, export: ExportLocation) -> Verdict:
+    if FORMATS.get(export.format).takes == "trained":
+        assert isinstance(reference.model, PeftModel)
+        return check_adapter(export.directory, reference.model, reference.module.tokenizer)
+    base = export.facts.get("base")
+    deployed = reference.deployed(
+        base="original" if base == "original" else "dequantized",
+        dtype=DTYPES.get(STORED.get(export.facts.get("dtype", ""), "")),
+    )
+    verdict = check_written(reference, export, deployed)
+    if reference.config.export.evaluate:
+        try:
+            with reference.context():
+                candidate = load_export(reference, export)
+                found = reference.drift(candidate).to_dict()
+                judge(verdict, reference, candidate, found, deployed, export.facts)
+        except ModelError as error:
+            verdict.found("perplexity", [error])
+    return verdict
