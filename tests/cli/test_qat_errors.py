@@ -28,6 +28,8 @@ MISTAKES: dict[str, tuple[str, ...]] = {
     "method.start_step=-1": ("method.start_step=-1", "whole number >= 0"),
     "method.bits_schedule={0: int8, 10: int6}": ("bits_schedule ends with int6", "a later entry for int4"),
     "method.bits_schedule={0: int9}": ("method.bits_schedule=", "'int9'", "did you mean 'int8'?"),
+    "method.init=gtpq": ("method.init='gtpq'", "did you mean 'gptq'?"),
+    "method.init=gptq": ("init=gptq chooses scales, and range: dynamic", "method.weight.range=learned"),
     RULES % "weigth: {format: int8}": ("'weigth' of '*.down_proj' is no option", "did you mean 'weight'?"),
     RULES % "weight: {formt: int8}": ("*.down_proj: weight: 'formt' is no key", "did you mean 'format'?"),
     RULES % "weight: {format: int9}": ("*.down_proj: weight: format='int9'", "did you mean 'int8'?"),
@@ -92,4 +94,4 @@ def test_help_lists_nested_keys_once_and_aligned(capsys: pytest.CaptureFixture[s
     assert len(column) == 1
     assert "of the token embedding's rows; keys as those of method.weight" in " ".join(block[1::2])
     names = next(line for line in lines if line.split()[:1] == ["method.name"])
-    assert "qlora|qat = qlora" in names
+    assert "qlora|qat|" in names and names.endswith(" = qlora")
