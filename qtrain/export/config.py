@@ -46,6 +46,8 @@ FORMATS: Registry[type[ExportSection]] = Registry(
     "export format",
     {
         "compressed-tensors": "qtrain.export.compressed_tensors.config:CompressedTensorsOptions",
+        "gptq": "qtrain.export.gptq.config:GptqOptions",
+        "awq": "qtrain.export.awq.config:AwqOptions",
         "torchao": "qtrain.export.torchao.config:TorchaoOptions",
         "adapter": "qtrain.export.adapter.config:AdapterOptions",
         "gguf": "qtrain.export.gguf.config:GgufOptions",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from math import gcd
 from typing import Any
@@ -54,20 +54,21 @@ class Plan:
         ]
 
 
-def plan_model(model: DeployedModel, options: IntegerOptions, *, uniform: bool = False) -> Plan:
+def plan_model(model: DeployedModel, options: IntegerOptions, *, shared_sizes: Collection[int] = ()) -> Plan:
     """Specs of the training where there are any; else one for every linear layer that ``options.ignore`` leaves.
 
     Args:
-        uniform: one group size for all layers, the largest that divides each of them, where the asked one does not.
+        shared_sizes: group sizes of a format whose layers share one: where the asked one does not divide each of them,
+            the next smaller one that does. Else each layer falls back alone.
 
     Raises:
         ExportError: the format cannot hold what was trained, or no layer is left.
     """
     tensors = list(model.tensors())
-    return plan_trained(tensors, options) if model.trained_codes else _plan_chosen(tensors, options, uniform)
+    return plan_trained(tensors, options) if model.trained_codes else _plan_chosen(tensors, options, shared_sizes)
 
 
-def _plan_chosen(tensors: Sequence[DeployedTensor], options: IntegerOptions, uniform: bool) -> Plan:
+def _plan_chosen(tensors: Sequence[DeployedTensor], options: IntegerOptions, shared_sizes: Collection[int]) -> Plan:
     widths: dict[str, int] = {}
     kept: list[str] = []
     for tensor in tensors:
@@ -84,15 +85,18 @@ def _plan_chosen(tensors: Sequence[DeployedTensor], options: IntegerOptions, uni
             rule="at least one linear layer is quantized",
             fix="export.format=merged writes unquantized weights",
         )
-    shared = gcd(*widths.values())
+    asked, every = options.group_size, Counter(widths.values())
+    sizes = _group_sizes(every, asked, shared_sizes)
+    fallbacks = [
+        {"in_features": width, "asked": asked, "used": sizes[width] or -1, "layers": layers}
+        for width, layers in every.items()
+        if asked != -1 and width % asked
+    ]
+    if shared_sizes:  # all have what the odd ones need
+        fallbacks = [{**gap, "layers": len(widths)} for gap in fallbacks]
     specs: dict[str, QuantSpec] = {}
-    fallbacks: dict[int, dict[str, Any]] = {}
     for name, width in widths.items():
-        divided = shared if uniform else width
-        size = None if options.group_size == -1 else largest_divisor(divided, options.group_size)
-        if options.group_size not in (-1, size):
-            gap = {"in_features": width, "asked": options.group_size, "used": size or -1, "layers": 0}
-            fallbacks.setdefault(width, gap)["layers"] += 1
+        size = sizes[width]
         specs[name] = QuantSpec(
             format=f"int{options.bits}",
             symmetric=options.symmetric,
@@ -103,7 +107,17 @@ def _plan_chosen(tensors: Sequence[DeployedTensor], options: IntegerOptions, uni
             # to bf16 moves a weight.
             scale_dtype="bf16",
         )
-    return Plan(tensors, specs, kept, list(fallbacks.values()))
+    return Plan(tensors, specs, kept, fallbacks)
+
+
+def _group_sizes(widths: Collection[int], asked: int, shared_sizes: Collection[int]) -> dict[int, int | None]:
+    """The group size of each width; None is a whole row."""
+    if asked == -1:
+        return dict.fromkeys(widths)
+    if not shared_sizes:
+        return {width: largest_divisor(width, asked) for width in widths}
+    fit = [size for size in shared_sizes if size <= asked and gcd(*widths) % size == 0]
+    return dict.fromkeys(widths, max(fit, default=None))
 
 
 def plan_trained(tensors: Sequence[DeployedTensor], options: IntegerOptions) -> Plan:

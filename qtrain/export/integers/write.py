@@ -21,6 +21,7 @@ from qtrain.export.writer import Progress
 from qtrain.files import atomic_directory, write_json
 from qtrain.modules.deployed import DeployedModel
 from qtrain.modules.record import LinearRecord
+from qtrain.numerics.spec import QuantSpec
 from qtrain.ptq.activation_stats import Calibration
 
 
@@ -88,7 +89,8 @@ def write_integers(
             "layout": layout.name,
             "bits": max(spec.bits for spec in plan.specs.values()),
             "zero_points": any(not spec.symmetric for spec in plan.specs.values()),
-            "inputs": plan.activation and f"int{plan.activation.bits}, one scale a token",
+            "number": "fp" if any(spec.is_float for spec in plan.specs.values()) else "int",
+            "inputs": plan.activation and _inputs(plan.activation),
             "bits_per_quantized_weight": round(8 * quantized_bytes / quantized_weights, 4),
             "bytes": shards.total_bytes,
             "quantized_layers": len(plan.specs),
@@ -104,6 +106,11 @@ def write_integers(
         }
         write_card(temporary, facts, result)
     return result
+
+
+def _inputs(spec: QuantSpec) -> str:
+    shared = "one static range a layer" if spec.granularity == "per_tensor" else "one scale a token"
+    return f"{'fp' if spec.is_float else 'int'}{spec.bits}, {shared}"
 
 
 def _unweighed(options: IntegerOptions) -> str:
