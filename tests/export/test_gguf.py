@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -28,15 +34,18 @@ from transformers import (
 from qtrain.errors import ExportError
 from qtrain.export.gguf.blocks import SPECS, minimum_is_exact, pack_blocks, stored_record, unpack_blocks
 from qtrain.export.gguf.config import GgufOptions
-from qtrain.export.gguf.readback import differing_codes
+from qtrain.export.gguf.readback import differing_codes, read_records
 from qtrain.export.gguf.trained import BLOCK_TYPES, Q4_0, Q4_1, Q8_0, TQ1_0, TQ2_0, BlockType, block_type
 from qtrain.export.gguf.write import write
 from qtrain.methods.method import build_method
 from qtrain.methods.qat.config import QatOptions
-from qtrain.modules.deployed import DeployedModel
+from qtrain.models.config import ModelSection
+from qtrain.models.load import load_model, load_tokenizer
+from qtrain.modules.deployed import DeployedModel, DeployedTensor
 from qtrain.modules.record import LinearRecord
 from qtrain.numerics.affine import choose_qparams, quantize
 from qtrain.numerics.spec import QuantSpec
+from qtrain.registry import resolve
 
 Build = Callable[..., PreTrainedModel]
 Deploy = Callable[[PreTrainedModel], DeployedModel]
@@ -225,8 +234,6 @@ def test_blocks_hold_what_ggmls_formulas_say(name: str, rows: int, blocks: int, 
 
 
 def name_of(kind: BlockType) -> Any:
-    from gguf import GGMLQuantizationType
-
     return GGMLQuantizationType[kind.name]
 
 
@@ -270,3 +277,240 @@ def test_fp16_scales_alone_are_held() -> None:
         stored_record(record, Q4_0)
     with pytest.raises(ExportError, match="levels from"):
         stored_record(random_record(QuantSpec(format="int8"), 2, 64, 0), Q4_0)
+
+
+LSQ = {"format": "int4", **GROUPS}
+INT8 = {"format": "int8", "convention": "compressed-tensors"}
+REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
+    "small groups": ({"format": "int4", "group_size": 16}, {}, "per_group(16)", "method.weight.group_size=32"),
+    "int8 asymmetric": (
+        {"format": "int8", "symmetric": False},
+        {},
+        "int8 asymmetric",
+        "method.weight.symmetric=true",
+    ),
+    "mid_rise": ({"format": "int2", "mid_rise": True, **GROUPS}, {}, "half-integer", "method.weight.mid_rise=false"),
+    "fp8": ({"format": "fp8_e4m3"}, {}, "fp8_e4m3", "method.weight.format=int8"),
+    "inputs": (LSQ, {"activation": INT8}, "int8 symmetric per_token inputs", "method.activation=null"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_no_block_holds_is_refused_with_the_way_out_or_rounded_again_when_asked(
+    tmp_path: Path, tiny_model: Build, name: str
+) -> None:
+    weight, keys, what, fix = REFUSED[name]
+    options = QatOptions.model_validate({"name": "qat", "weight": weight, **keys})
+    with pytest.raises(ExportError) as early:
+        GgufOptions(format="gguf").check_trained(options.trained_layers())
+    deployed = trained(tiny_model(initializer_range=0.1), weight, **keys)
+    with pytest.raises(ExportError) as caught:
+        export(deployed, tmp_path / "out")
+    for message in (str(early.value), str(caught.value)):
+        assert what in message and fix in message and "export.format=merged" in message
+        assert "export.allow_requantize=true" in message
+    assert list(tmp_path.iterdir()) == []
+    # Asked for, it is done, and the result says what it is.
+    asked = GgufOptions(format="gguf", allow_requantize=True)
+    asked.check_trained(options.trained_layers())
+    result = write(deployed, asked, tmp_path / "out", tokenizer=None, facts={})
+    if name == "inputs":
+        assert result["lossy"] == [] and any("blocks of 32" in note for note in result["notes"])
+        assert set(differing_codes(tmp_path / "out" / "model.gguf", records(deployed)).values()) == {0}
+        return
+    assert len(result["lossy"]) == 14 and result["codes"] == "lossy"
+    assert any("lossy: 14 layers" in note for note in result["notes"])
+    assert "lossy: 14 layers" in (tmp_path / "out" / "README.md").read_text()
+    for tensor in deployed.tensors():
+        if tensor.linear:
+            found, levels = weights_of(tmp_path / "out")[tensor.name], tensor.value()
+            error = float((found - levels).norm() / levels.norm())
+            assert 0 < error < (0.2 if tensor.spec is not None and tensor.spec.bits <= 4 else 0.05)
+
+
+def weights_of(directory: Path) -> dict[str, Tensor]:
+    return loaded(directory).state_dict()
+
+
+def test_a_way_out_is_one(tiny_model: Build, tmp_path: Path) -> None:
+    changes = {"small groups": {"group_size": 32}, "int8 asymmetric": {"symmetric": True}}
+    changes |= {"mid_rise": {"mid_rise": False}, "fp8": {"format": "int8"}}
+    for name, change in changes.items():
+        weight = {**REFUSED[name][0], **change}
+        result = export(trained(tiny_model(), weight), tmp_path / name)
+        assert result["lossy"] == []
+
+
+def test_q4_1_where_its_minimum_is_exact(tmp_path: Path, tiny_model: Build) -> None:
+    """Scales that are powers of two leave room for the minimum; a single other one, and the layer is in Q8_0."""
+    deployed = trained(tiny_model(initializer_range=0.1), {"format": "int4", "symmetric": False, **GROUPS})
+    spoiled = "model.layers.0.self_attn.k_proj"
+
+    def coarse(name: str, record: LinearRecord) -> LinearRecord:
+        scale = torch.exp2(record.scale.float().log2().round()).half()
+        zero = record.zero_point
+        assert zero is not None
+        if name == spoiled:
+            scale[3, 1], zero = 0.0321, zero.clone()
+            zero[3, 1] = 5
+        return LinearRecord(record.codes, scale, zero, record.spec)
+
+    def tensors() -> Iterator[DeployedTensor]:
+        for tensor in deployed.tensors():
+            name = tensor.name.removesuffix(".weight")
+            computes = tensor.record
+            given = None if computes is None else lambda name=name, computes=computes: coarse(name, computes())
+            yield replace(tensor, record=given)
+
+    changed = replace(deployed, tensors=tensors)
+    result = export(changed, tmp_path / "out")
+    assert result["types"] == {"F32": 7, "Q4_1": 13, "Q8_0": 1}
+    assert any("1 layers are in Q8_0" in note for note in result["notes"])
+    path = tmp_path / "out" / "model.gguf"
+    assert set(differing_codes(path, records(changed)).values()) == {0}
+    assert dict(read_records(path))["model.layers.1.mlp.up_proj"].zero_point is not None
+    weights = weights_of(tmp_path / "out")
+    for name, record in records(changed):
+        assert torch.equal(weights[f"{name}.weight"], record.dequantize())
+
+
+@pytest.mark.parametrize(
+    ("quantize", "dtype", "types"),
+    [
+        ("none", torch.float32, {"F32": 21}),
+        ("none", torch.bfloat16, {"BF16": 16, "F32": 5}),
+        ("none", torch.float16, {"F16": 16, "F32": 5}),
+        ("q8_0", torch.bfloat16, {"Q8_0": 14, "BF16": 2, "F32": 5}),
+        ("q4_0", torch.float32, {"Q4_0": 14, "F32": 7}),
+    ],
+)
+def test_merged_models(
+    tmp_path: Path, tiny_model: Build, deploy: Deploy, quantize: Any, dtype: torch.dtype, types: dict[str, int]
+) -> None:
+    deployed = replace(deploy(tiny_model(tie_word_embeddings=False)), dtype=dtype)
+    result = export(deployed, tmp_path / "out", quantize=quantize)
+    assert result["types"] == types and result["codes"] == quantize
+    found = weights_of(tmp_path / "out")
+    for tensor in deployed.tensors():
+        stored = tensor.value() if len(tensor.shape) == 1 else tensor.value().to(dtype).float()
+        if tensor.linear and quantize != "none":
+            error = float((found[tensor.name] - tensor.value()).norm() / tensor.value().norm())
+            assert error < (0.01 if quantize == "q8_0" else 0.12)
+        else:
+            assert torch.equal(found[tensor.name], stored)
+
+
+def test_rows_that_are_no_whole_blocks(tmp_path: Path, tiny_model: Build, deploy: Deploy) -> None:
+    shape = {"hidden_size": 64, "intermediate_size": 100}
+    with pytest.raises(ExportError, match="down_proj.weight: no place for rows of 100 weights"):
+        export(trained(tiny_model(**shape), {"format": "int4", "granularity": "per_channel"}), tmp_path / "out")
+    result = export(deploy(tiny_model(**shape)), tmp_path / "out", quantize="q8_0")
+    assert result["quantized_layers"] == 12 and any("2 layers are no whole blocks" in x for x in result["notes"])
+
+
+def test_llama_3s_rope_is_in_the_file(tmp_path: Path, tiny_model: Build, deploy: Deploy) -> None:
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    model = tiny_model(head_dim=64, rope_parameters={**rope, "original_max_position_embeddings": 64})
+    result = export(deploy(model), tmp_path / "out")
+    assert any("llama3" in note for note in result["notes"])
+    reader = GGUFReader(tmp_path / "out" / "model.gguf")
+    factors = next(tensor for tensor in reader.tensors if tensor.name == "rope_freqs.weight")
+    plain = 5e5 ** -(torch.arange(0, 64, 2, dtype=torch.float64) / 64)
+    divided = (plain / torch.from_numpy(factors.data.copy()).double()).float()
+    torch.testing.assert_close(divided, model.model.rotary_emb.inv_freq, rtol=1e-5, atol=0)
+    assert len({round(float(factor), 3) for factor in factors.data}) > 3
+
+
+@pytest.mark.parametrize(("keys", "what"), [({"hidden_act": "gelu"}, "hidden_act='gelu'"), ({}, "rope_type='dynamic'")])
+def test_models_that_llama_cpp_computes_otherwise(
+    tmp_path: Path, tiny_model: Build, deploy: Deploy, keys: dict[str, Any], what: str
+) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}
+    with pytest.raises(ExportError, match=what):
+        export(deploy(tiny_model(**(keys or {"rope_parameters": rope}))), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_architectures_are_refused_by_name(tmp_path: Path, deploy: Deploy) -> None:
+    model = GPTNeoXForCausalLM(
+        GPTNeoXConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
+    )
+    with pytest.raises(ExportError, match="model_type='gpt_neox'.*\n.*llama, mistral, qwen2"):
+        export(deploy(model), tmp_path / "out")
+
+
+def test_numbers_that_are_not_finite_are_refused(tmp_path: Path, tiny_model: Build, deploy: Deploy) -> None:
+    model = tiny_model()
+    model.model.norm.weight.data[3] = float("nan")
+    with pytest.raises(ExportError, match="model.norm.weight: NaN or inf"):
+        export(deploy(model), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_computed_weights_are_let_go(tmp_path: Path, tiny_model: Build, deploy: Deploy) -> None:
+    plain = deploy(tiny_model(num_hidden_layers=6))
+    alive: list[weakref.ref[Tensor]] = []
+    most = 0
+
+    def counted(value: Callable[[], Tensor]) -> Tensor:
+        nonlocal most
+        computed = value().clone()
+        alive.append(weakref.ref(computed))
+        most = max(most, sum(ref() is not None for ref in alive))
+        return computed
+
+    def tensors() -> Iterator[DeployedTensor]:
+        for tensor in plain.tensors():
+            yield replace(tensor, value=lambda tensor=tensor: counted(tensor.value))
+
+    result = export(replace(plain, tensors=tensors), tmp_path / "out")
+    assert len(alive) == sum(result["types"].values()) and most <= 2
+
+
+MUTANTS: dict[str, tuple[str, int, int]] = {
+    # tensor, byte of its data, bits to turn
+    "low nibble": ("blk.0.ffn_up.weight", 2, 0x01),
+    "high nibble": ("blk.1.attn_v.weight", 17, 0x80),
+    "scale": ("blk.0.attn_k.weight", 0, 0x01),
+    "permuted rows": ("blk.0.attn_q.weight", 18 * 2 * 5 + 3, 0x10),
+    "last byte": ("blk.1.ffn_down.weight", -1, 0x40),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_turned_bit_is_found(tmp_path: Path, tiny_model: Build, name: str) -> None:
+    deployed = trained(tiny_model(), LSQ)
+    export(deployed, tmp_path / "out")
+    path = tmp_path / "out" / "model.gguf"
+    tensor, at, bits = MUTANTS[name]
+    place = next(found for found in GGUFReader(path).tensors if found.name == tensor)
+    content = bytearray(path.read_bytes())
+    content[int(place.data_offset) + at % int(place.n_bytes)] ^= bits
+    path.write_bytes(content)
+    counts = {layer: count for layer, count in differing_codes(path, records(deployed)).items() if count}
+    assert list(counts.values()) == [32 if name == "scale" else 1]
+
+
+def test_a_short_file_is_no_file(tmp_path: Path, tiny_model: Build, deploy: Deploy) -> None:
+    export(deploy(tiny_model()), tmp_path / "out", quantize="q4_0")
+    path = tmp_path / "out" / "model.gguf"
+    assert len(dict(read_records(path))) == 14
+    path.write_bytes(path.read_bytes()[:-5000])
+    with pytest.raises(ExportError, match="no whole GGUF file"):
+        dict(read_records(path))
+
+
+def test_the_directory_is_a_model(tmp_path: Path, tiny_model: Build, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    model = tiny_model()
+    deployed = trained(model, LSQ)
+    result = export(deployed, tmp_path / "out", tiny_tokenizer)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.gguf", "README.md"}
+    assert result["bytes"] == (tmp_path / "out" / "model.gguf").stat().st_size
+    section = ModelSection(path=str(tmp_path / "out"))
+    ids = torch.tensor([load_tokenizer(section)(WORDS)["input_ids"]])
+    with torch.no_grad():
+        torch.testing.assert_close(load_model(section, torch.float32)(ids).logits, model(ids).logits, rtol=0, atol=2e-5)
+
+
+def test_the_config_names_its_writer() -> None:
+    assert resolve(GgufOptions.implementation) is write
