@@ -16,24 +16,24 @@ from torch import Tensor
 from qtrain.errors import ExportError
 from qtrain.modules.record import LinearRecord
 from qtrain.numerics.packing import unpack
-from qtrain.numerics.spec import QuantSpec, ScaleDtype
+from qtrain.numerics.spec import Granularity, QuantSpec, ScaleDtype
 
 SPEC_NAMES: dict[torch.dtype, ScaleDtype] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def read_records(directory: Path) -> Iterator[tuple[str, LinearRecord]]:
-    """Every quantized layer of a pack-quantized or int-quantized directory, by module name; one is read at a time.
+    """Every quantized layer of a compressed-tensors directory, by module name; one is read at a time.
 
     Raises:
         ExportError: another layout, or tensors that contradict one another.
     """
     config = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("quantization_config", {})
     packed = config.get("format") == "pack-quantized"
-    if not packed and config.get("format") != "int-quantized":
+    if not packed and config.get("format") not in ("int-quantized", "float-quantized"):
         raise ExportError(
             f"quantization_config.format={config.get('format')!r}",
             where=str(directory),
-            rule="only pack-quantized and int-quantized compressed-tensors are read back",
+            rule="only pack-, int- and float-quantized compressed-tensors are read back",
         )
     schemes = {target: group["weights"] for group in config["config_groups"].values() for target in group["targets"]}
     with ExitStack() as stack:
@@ -80,7 +80,13 @@ def _record(name: str, codes: Tensor, scale: Tensor, scheme: dict[str, Any]) -> 
     rows, columns = codes.shape
     size, bits = scheme["group_size"] if scheme["strategy"] == "group" else None, scheme["num_bits"]
     whole = f"[{rows}, {columns}] with group_size={size}"
-    _check_shape(name, "weight_scale", scale, [rows, columns // (size or columns)], whole)
+    scale = scale.reshape(1, 1) if scheme["strategy"] == "tensor" else scale
+    groups = [1, 1] if scheme["strategy"] == "tensor" else [rows, columns // (size or columns)]
+    _check_shape(name, "weight_scale", scale, groups, whole)
+    if scheme["type"] == "float":
+        granularity: Granularity = "per_tensor" if scheme["strategy"] == "tensor" else "per_channel"
+        spec = QuantSpec("fp8_e4m3", True, granularity, None, scale_dtype=SPEC_NAMES[scale.dtype])
+        return LinearRecord(codes, scale, None, spec)
     spec = QuantSpec(
         format=f"int{bits}",
         symmetric=scheme["symmetric"],

@@ -132,7 +132,9 @@ class PackedLinear(nn.Linear):
         outliers = None
         if self.outlier_index is not None and self.outlier_value is not None:
             outliers = Outliers(self.outlier_index, self.outlier_value)
-        return LinearRecord(codes, self.stored_scale(), self.stored_zero_point(), self.spec, outliers)
+        quantizer = self.input_quantizer
+        inputs = None if quantizer is None or quantizer.section.range == "dynamic" else quantizer.stored()
+        return LinearRecord(codes, self.stored_scale(), self.stored_zero_point(), self.spec, outliers, inputs)
 
     @torch.no_grad()
     def stored_scale(self) -> Tensor:

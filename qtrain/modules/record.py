@@ -35,6 +35,7 @@ class LinearRecord:
             symmetric.
         spec: what the codes mean.
         outliers: weights that the codes do not hold.
+        inputs: the static range of the layer's input, scale [1, 1] and zero point, where it has one.
     """
 
     codes: Tensor
@@ -42,6 +43,7 @@ class LinearRecord:
     zero_point: Tensor | None
     spec: QuantSpec
     outliers: Outliers | None = None
+    inputs: QParams | None = None
 
     @property
     def qparams(self) -> QParams:

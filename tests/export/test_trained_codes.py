@@ -56,7 +56,26 @@ BYTES: dict[str, dict[str, Any]] = {
         "rules": {"*.down_proj": {"weight": {"format": "int8"}}},
     },
 }
-CASES = PACKED | BYTES
+STATIC: dict[str, dict[str, Any]] = {
+    "w8a8-static": {
+        "weight": {"format": "int8"},
+        "activation": {**INT8, "range": "static", "calibrate": "mse", "scale_dtype": "bf16"},
+    },
+    "w8a8-static-asymmetric": {
+        "weight": {"format": "int8"},
+        "activation": {"format": "int8", "range": "static", "symmetric": False, "scale_dtype": "bf16"},
+    },
+}
+FP8 = {"format": "fp8_e4m3"}
+FLOATS: dict[str, dict[str, Any]] = {
+    "fp8-rows": {"weight": FP8, "activation": FP8},
+    "fp8-tensors": {
+        "weight": {**FP8, "granularity": "per_tensor"},
+        "activation": {**FP8, "range": "static", "scale_dtype": "bf16"},
+    },
+    "fp8-weights": {"weight": FP8},
+}
+CASES = PACKED | BYTES | STATIC | FLOATS
 WORDS = "The quick brown fox jumps over the lazy dog"
 
 
@@ -120,7 +139,8 @@ def test_no_code_and_no_scale_is_another_one(consumed: Path, tiny_model: Build, 
         assert record.spec.bits == expected[layer].weight_quantizer.spec.bits  # type: ignore[union-attr]
         assert torch.equal(record.dequantize(), expected[layer].quantized_weight())
     layout = json.loads((consumed / name / "config.json").read_text())["quantization_config"]
-    assert layout["format"] == ("int-quantized" if name in BYTES else "pack-quantized")
+    kinds = {"int-quantized": BYTES | STATIC, "float-quantized": FLOATS, "pack-quantized": PACKED}
+    assert name in kinds[layout["format"]]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -150,7 +170,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "mid_rise": ({"weight": {"format": "int2", "mid_rise": True}}, "int2 half-integer", "method.weight.mid_rise=false"),
     "int5": ({"weight": {"format": "int5"}}, "int5 symmetric", "method.weight.format=int8"),
-    "fp8": ({"weight": {"format": "fp8_e4m3"}}, "fp8_e4m3", "method.weight.format=int8"),
+    "fp8 of the other kind": ({"weight": {"format": "fp8_e5m2"}}, "fp8_e5m2", "method.weight.format=int8"),
+    "fp8 by int8": ({"weight": FP8, "activation": INT8}, "fp8_e4m3", "method.activation.format=fp8_e4m3"),
     "per_tensor": ({"weight": {"granularity": "per_tensor"}}, "per_tensor", "method.weight.granularity=per_channel"),
     "w2a8": (
         {"weight": {"format": "int2"}, "activation": INT8},
@@ -160,7 +181,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "static": (
         {"weight": {"format": "int8"}, "activation": {"format": "int8", "range": "static"}},
         "int8 symmetric per_tensor inputs",
-        "method.activation.range=dynamic",
+        "method.activation.convention=compressed-tensors method.activation.scale_dtype=bf16",
     ),
     "inputs alone": ({"weight": None, "activation": INT8}, "unquantized weights", "method.weight.format=int8"),
     "cache alone": ({"weight": None, **KV4}, "no layer has integer weights", "method.weight.format=int4"),

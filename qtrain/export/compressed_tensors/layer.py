@@ -10,8 +10,16 @@ from qtrain.numerics.packing import pack
 
 
 def byte_tensors(record: LinearRecord, _: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of a layer whose inputs are quantized too: weight int8 [out, in], weight_scale [out, groups]."""
-    return {"weight": record.codes, "weight_scale": record.scale}
+    """The tensors of a layer in bytes: weight int8 or float8_e4m3fn [out, in], weight_scale [out, groups] or [1]; of
+    inputs with one static range input_scale [1] and, where they are asymmetric, input_zero_point [1].
+    """
+    whole = record.spec.granularity == "per_tensor"
+    tensors = {"weight": record.codes, "weight_scale": record.scale.reshape(1) if whole else record.scale}
+    if record.inputs is not None:
+        tensors["input_scale"] = record.inputs.scale.reshape(1)
+        if record.inputs.zero_point is not None:
+            tensors["input_zero_point"] = record.inputs.zero_point.reshape(1)
+    return tensors
 
 
 def packed_tensors(record: LinearRecord, dtype: torch.dtype) -> dict[str, Tensor]:

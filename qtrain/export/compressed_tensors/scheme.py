@@ -20,7 +20,7 @@ def quantization_config(
     Args:
         layers: module name to its spec.
         ignore: names of the linear modules that stay unquantized.
-        activation: of the layers' inputs; weights are int8 then, whatever their bits.
+        activation: of the layers' inputs; integer weights lie in bytes then, whatever their bits.
     """
     (default, _), *others = Counter(layers.values()).most_common()
     # Named layers come first: the reader asks the groups in their order which modules they hold.
@@ -28,7 +28,7 @@ def quantization_config(
     groups.append(_scheme(default, ["Linear"], activation))
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized" if activation is None else "int-quantized",
+        "format": "float-quantized" if default.is_float else "int-quantized" if activation else "pack-quantized",
         "quantization_status": "compressed",
         "ignore": sorted(ignore),
         "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
@@ -40,23 +40,24 @@ def _scheme(spec: QuantSpec, targets: list[str], activation: QuantSpec | None) -
         "targets": targets,
         "weights": {
             "num_bits": spec.bits,
-            "type": "int",
+            "type": "float" if spec.is_float else "int",
             "symmetric": spec.symmetric,
-            "strategy": "group" if spec.group_size else "channel",
+            "strategy": {"per_group": "group", "per_tensor": "tensor"}.get(spec.granularity, "channel"),
             "group_size": spec.group_size,
             "dynamic": False,
         },
-        "input_activations": None if activation is None else _dynamic_inputs(activation),
+        "input_activations": None if activation is None else _inputs(activation),
         "output_activations": None,
     }
 
 
-def _dynamic_inputs(spec: QuantSpec) -> dict[str, Any]:
+def _inputs(spec: QuantSpec) -> dict[str, Any]:
+    static = spec.granularity == "per_tensor"
     return {
         "num_bits": spec.bits,
-        "type": "int",
+        "type": "float" if spec.is_float else "int",
         "symmetric": spec.symmetric,
-        "strategy": "token",
+        "strategy": "tensor" if static else "token",
         "group_size": None,
-        "dynamic": True,
+        "dynamic": not static,
     }

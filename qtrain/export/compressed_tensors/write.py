@@ -35,7 +35,7 @@ def write(
     """
     plan = plan_model(model, options)
     header = quantization_config(plan.specs, ["lm_head", *plan.kept], plan.activation)
-    tensors_of = byte_tensors if plan.activation else packed_tensors
+    tensors_of = packed_tensors if header["format"] == "pack-quantized" else byte_tensors
     layout = Layout(
         "compressed-tensors", header["format"], lambda name, record: tensors_of(record, model.dtype), header
     )

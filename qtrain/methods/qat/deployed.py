@@ -67,4 +67,6 @@ def _on_levels(module: QuantLinear | QuantEmbedding) -> Tensor:
 def _record(module: QuantLinear) -> LinearRecord:
     assert module.weight_quantizer is not None
     codes, qparams = module.codes()
-    return LinearRecord(codes, *qparams, module.weight_quantizer.spec)
+    quantizer = module.input_quantizer
+    inputs = None if quantizer is None or quantizer.section.range == "dynamic" else quantizer.stored()
+    return LinearRecord(codes, *qparams, module.weight_quantizer.spec, inputs=inputs)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qtrain.errors import ModelError
 from qtrain.models.quantized.layer import (
+    SCALE_NAMES,
     InputScheme,
     QuantizedLayer,
     Reading,
@@ -28,7 +29,7 @@ from qtrain.numerics.affine import QParams
 from qtrain.numerics.packing import unpack, words_of
 from qtrain.numerics.spec import Granularity, QuantSpec
 
-PACKED, BYTES = "pack-quantized", "int-quantized"
+PACKED, BYTES, FLOATING = "pack-quantized", "int-quantized", "float-quantized"
 PARTS = ("weight_packed", "weight", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 INPUT_PARTS = ("input_scale", "input_zero_point")
 CACHE_PARTS = ("k_scale", "v_scale", "q_scale", "k_zero_point", "v_zero_point")
@@ -79,8 +80,10 @@ def _schemes(header: Mapping[str, Any], tensors: TensorFiles) -> dict[str, Quant
     for scheme in config.config_groups.values():
         assert isinstance(scheme, QuantizationScheme)  # names of presets are resolved by the validation
         layout = _format(scheme, header)
-        if layout not in (PACKED, BYTES) or (scheme.weights is not None and scheme.weights.type != "int"):
-            raise ModelError(f"format={layout!r}", where=where, rule=f"{PACKED} and {BYTES} are read", fix=FIX)
+        kind = "float" if layout == FLOATING else "int"
+        if layout not in (PACKED, BYTES, FLOATING) or (scheme.weights is not None and scheme.weights.type != kind):
+            rule = f"{PACKED}, {BYTES} and {FLOATING} (of 8 bits) are read"
+            raise ModelError(f"format={layout!r}", where=where, rule=rule, fix=FIX)
         if scheme.output_activations is not None:
             raise ModelError(
                 "output_activations is set", where=where, rule="outputs of layers stay in 16 bits", fix=FIX
@@ -113,6 +116,8 @@ def _layer(tensors: TensorFiles, name: str, linear: nn.Linear, scheme: Quantizat
     assert args is not None  # _scheme_of
     k, n, bits = linear.in_features, linear.out_features, args.num_bits
     strategy = str(getattr(args.strategy, "value", args.strategy))
+    if args.type == "float":
+        return _float_layer(tensors, name, linear, scheme, strategy)
     if strategy not in ("tensor", "channel", "group") or bits not in range(2, 9):
         raise ModelError(
             f"strategy={strategy!r} with num_bits={bits}",
@@ -150,6 +155,34 @@ def _layer(tensors: TensorFiles, name: str, linear: nn.Linear, scheme: Quantizat
     assert scale_dtype is not None  # checked
     spec = weight_spec(bits, group_size, symmetric=args.symmetric, scale_dtype=scale_dtype)
     load = partial(_record, tensors, name, spec, [n, k], _Layout(packed, packed_points, apart))
+    return QuantizedLayer(spec, load, _inputs(tensors, name, scheme.input_activations))
+
+
+def _float_layer(
+    tensors: TensorFiles, name: str, linear: nn.Linear, scheme: QuantizationScheme, strategy: str
+) -> QuantizedLayer:
+    """``weight`` float8_e4m3fn [out, in] and ``weight_scale`` [out, 1] or [1]."""
+    args, shape = scheme.weights, [linear.out_features, linear.in_features]
+    assert args is not None  # _scheme_of
+    if strategy not in ("tensor", "channel") or args.num_bits != 8 or not args.symmetric:
+        raise ModelError(
+            f"strategy={strategy!r} with {args.num_bits}-bit floats",
+            where=f"{tensors.directory}: {name}",
+            rule="e4m3 with a scale a row or a tensor is read",
+            fix=FIX,
+        )
+    weight = f"a weight {shape} in fp8, {strategy}"
+    tensors.check(f"{name}.weight", shape, [torch.float8_e4m3fn], weight)
+    tensors.check(f"{name}.weight_scale", [1] if strategy == "tensor" else [shape[0], 1], FLOATS, weight)
+    scale_dtype = tensors.dtype(f"{name}.weight_scale")
+    assert scale_dtype is not None  # checked
+    granularity: Granularity = "per_tensor" if strategy == "tensor" else "per_channel"
+    spec = QuantSpec("fp8_e4m3", True, granularity, None, scale_dtype=SCALE_NAMES[scale_dtype])
+
+    def load() -> LinearRecord:
+        scale = tensors.scale(f"{name}.weight_scale").reshape(-1, 1)
+        return LinearRecord(tensors.get(f"{name}.weight"), scale, None, spec)
+
     return QuantizedLayer(spec, load, _inputs(tensors, name, scheme.input_activations))
 
 
@@ -234,19 +267,19 @@ def _inputs(tensors: TensorFiles, name: str, args: QuantizationArgs | None) -> I
     if args is None:
         return None
     strategy = str(getattr(args.strategy, "value", args.strategy))
-    if args.type != "int" or strategy not in GRANULARITY or (not args.dynamic and strategy != "tensor"):
+    if strategy not in GRANULARITY or (not args.dynamic and strategy != "tensor"):
         raise ModelError(
             f"input_activations: {args.type} {strategy}",
             where=f"{tensors.directory}: {name}",
-            rule="inputs in int codes, dynamic per token, tensor or group, or static per tensor",
+            rule="inputs in codes, dynamic per token, tensor or group, or static per tensor",
             fix=FIX,
         )
     spec = QuantSpec(
-        format=f"int{args.num_bits}",
+        format="fp8_e4m3" if args.type == "float" else f"int{args.num_bits}",
         symmetric=args.symmetric,
         granularity=GRANULARITY[strategy],
         group_size=args.group_size if strategy == "group" else None,
-        convention="compressed-tensors",
+        convention="vllm" if args.type == "float" else "compressed-tensors",
         scale_dtype="fp32",
     )
     if args.dynamic:

@@ -21,6 +21,7 @@ DTYPE_NAMES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.float32: "F32",
+    torch.float8_e4m3fn: "F8_E4M3",
 }
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
