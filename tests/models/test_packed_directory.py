@@ -67,12 +67,15 @@ def test_the_file_is_as_large_as_its_codes_and_scales(tmp_path: Path, tiny_llama
     assert stored == rest + weights * 3 // 8 + weights // 32 * 2
 
 
-def test_static_ranges_of_inputs_are_kept(tmp_path: Path, tiny_llama: LlamaForCausalLM) -> None:
+@pytest.mark.parametrize("init", ["rtn", "gptq", "smoothquant"])
+def test_static_ranges_of_inputs_are_kept(tmp_path: Path, tiny_llama: LlamaForCausalLM, init: str) -> None:
     activation = {"format": "int8", "range": "static", "symmetric": False}
-    section = PtqOptions.model_validate({"init": "rtn", "weight": {"format": "int8"}, "activation": activation})
+    section = PtqOptions.model_validate({"init": init, "weight": {"format": "int8"}, "activation": activation})
     method = build_method(section)
-    model = method.prepare(tiny_llama, compute_dtype=torch.float32, device=CPU)
     ids = torch.randint(0, 400, (2, 12), generator=torch.Generator().manual_seed(0))
+    model = method.prepare(tiny_llama, compute_dtype=torch.float32, device=CPU, text=lambda rows: [ids])
+    with pytest.raises(ModelError, match="has no range yet"):
+        model(input_ids=ids)
     method.calibrate(model, [ids], torch.no_grad, lambda items, total: items)
     save_packed(method.plain_model(model), tmp_path / "base")
     again = load_packed(tmp_path / "base", torch.float32)

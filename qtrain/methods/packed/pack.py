@@ -112,8 +112,10 @@ def _choose(
 
     def place(name: str, linear: nn.Linear, record: LinearRecord) -> None:
         bias = None if linear.bias is None else linear.bias.detach().to(device)
-        activation = chosen[name]["activation"]
-        model.set_submodule(name, PackedLinear.from_record(record, bias, activation).to(device))
+        packed = PackedLinear.from_record(record, bias, chosen[name]["activation"]).to(device)
+        if packed.input_quantizer is not None:
+            packed.input_quantizer.enabled = packed.input_quantizer.ready  # static ranges are found afterwards
+        model.set_submodule(name, packed)
 
     run = resolve(options.start.implementation)
     if by_blocks:
@@ -125,6 +127,9 @@ def _choose(
         if not options.start.needs_text:
             start = _Crossing(start, device)
         quantize_blocks(model, specs, start, rows, place=place, context=context, progress=progress)
+    for layer in packed_layers(model).values():
+        if layer.input_quantizer is not None:
+            layer.input_quantizer.enabled = True
 
 
 def _spec(section: QuantizerSection | None) -> QuantSpec:
