@@ -24,6 +24,7 @@ from qtrain.distill.divergence import Objective
 from qtrain.distill.layerwise import distill_layerwise
 from qtrain.distill.teacher import Teacher, teacher_model
 from qtrain.distill.token_loss import choose_cached, choose_online
+from qtrain.errors import ModelError
 from qtrain.methods.base import load_base
 from qtrain.methods.method import Context, Progress, build_method
 from qtrain.models.dtype import resolve_dtypes
@@ -204,7 +205,18 @@ class LanguageModule(L.LightningModule):
         return load_base(self.config.model, self.config.method, storage, compute_dtype=compute, device=device)
 
     def _teacher(self, base: PreTrainedModel, compute: torch.dtype, device: torch.device) -> Teacher:
-        """The full-precision twin on ``device``."""
+        """The full-precision twin on ``device``.
+
+        Raises:
+            ModelError: ``model.path`` holds codes, so that nothing here is in full precision.
+        """
+        if self.config.method.keeps_codes and self.config.distill.teacher is None:
+            raise ModelError(
+                "the teacher would be the student: model.path holds the codes that are trained over",
+                where="distill.teacher",
+                rule="without one, a teacher is model.path in full precision",
+                fix="distill.teacher=THE_MODEL_THE_CODES_WERE_MADE_FROM",
+            )
         if self._packed is not None and self.config.distill.teacher is None:
             base = load_model(self.config.model, compute)
         model = teacher_model(self.config.distill, base, self.config.model, compute)

@@ -231,3 +231,17 @@ def test_quantize_is_for_methods_over_packed_integers(
 ) -> None:
     assert main(["quantize", *words, f"model.path={tiny_llama_dir}", *ADAPTERS, *BASES["hqq"]]) == 2
     assert "method.name=ptq" in capsys.readouterr().err
+
+
+def test_a_teacher_is_not_made_of_codes(
+    words: list[str],
+    tiny_llama_dir: Path,
+    quantized: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    keys = ["fit", *words, f"model.path={quantized['gptq']}", f"run.dir={tmp_path / 'run'}", *SHORT, *ADAPTERS]
+    keys += [*BASES["gptq"], "distill.loss=forward_kl"]
+    assert main(keys) == 2
+    assert "distill.teacher=THE_MODEL" in capsys.readouterr().err
+    assert main([*keys, f"distill.teacher={tiny_llama_dir}"]) == 0

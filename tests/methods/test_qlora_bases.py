@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from qtrain.errors import ModelError
+from qtrain.errors import ExportError, ModelError
 from qtrain.methods.base import load_base
 from qtrain.methods.config import METHODS
 from qtrain.methods.method import build_method
@@ -25,7 +25,7 @@ from qtrain.methods.qlora.config import QLoraOptions
 from qtrain.methods.qlora.method import QLora
 from qtrain.models.config import ModelSection
 from qtrain.models.packed import load_packed, save_packed
-from qtrain.modules.frozen_linear import dense_weight, frozen_kind
+from qtrain.modules.frozen_linear import dense_weight, frozen_kind, linears
 from qtrain.modules.packed_identity import packed_layers
 
 CPU = torch.device("cpu")
@@ -321,3 +321,31 @@ def test_a_resolved_config_is_read_again() -> None:
         options = QLoraOptions.model_validate(keys)
         assert (options.packed is not None) == bool(keys)
         assert QLoraOptions.model_validate(options.model_dump(mode="json")) == options
+
+
+def over_aqlm(model: PreTrainedModel) -> None:
+    """Layers that look like those of the package, which is not there in most environments."""
+    for _, layer in linears(model):
+        layer.register_buffer("codebooks", torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("keys", "device", "message"),
+    [({}, CPU, r"on a CPU(.|\n)*a GPU"), ({"dora": True}, torch.device("cuda"), r"method\.dora=false")],
+)
+def test_what_aqlm_cannot_do(
+    keys: dict[str, Any], device: torch.device, message: str, tiny_llama: PreTrainedModel
+) -> None:
+    over_aqlm(tiny_llama)
+    method = build_method(QLoraOptions(base="checkpoint", **keys))
+    with pytest.raises(ModelError, match=message):
+        method.prepare(tiny_llama, compute_dtype=torch.float32, device=device)
+
+
+def test_adapters_are_not_merged_into_aqlm(tiny_llama: PreTrainedModel) -> None:
+    over_aqlm(tiny_llama)
+    method = build_method(QLoraOptions(base="checkpoint"))
+    model = method.prepare(tiny_llama, compute_dtype=torch.float32, device=CPU, restoring=True)
+    assert "14 layers, AQLM" in method.lines(model)[1]
+    with pytest.raises(ExportError, match=r"14 layers hold AQLM(.|\n)*export\.format=adapter"):
+        method.deployed(model, dtype=torch.float32)

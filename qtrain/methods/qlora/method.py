@@ -79,7 +79,7 @@ class QLora(Method[QLoraOptions]):
                 scratch=scratch,
             )
         elif options.base in ("none", KEPT):
-            self._check_kept(model, targets)
+            self._check_kept(model, targets, to_train=not restoring, device=device)
             model.to(device)  # type: ignore[arg-type]
         else:
             quantize_base(
@@ -217,7 +217,9 @@ class QLora(Method[QLoraOptions]):
         kinds = Counter(frozen_kind(layer) for layer in linear_layers(self.plain_model(model)).values())
         return [f"codes       {count} layers, {kind}" for kind, count in kinds.items() if kind is not None]
 
-    def _check_kept(self, model: PreTrainedModel, targets: Sequence[str]) -> None:
+    def _check_kept(
+        self, model: PreTrainedModel, targets: Sequence[str], *, to_train: bool, device: torch.device
+    ) -> None:
         """Raise unless the linear layers are what ``base`` says, and PEFT can adapt them as asked."""
         kinds = {name: frozen_kind(layer) for name, layer in linear_layers(model).items()}
         if self.options.base == KEPT and not any(kinds.values()):
@@ -225,7 +227,14 @@ class QLora(Method[QLoraOptions]):
                 f"method.base={KEPT} keeps the codes of a quantized checkpoint, and this model has 16-bit weights",
                 fix="a quantized directory as model.path, or method.base=nf4",
             )
-        if self.options.dora and any(kinds[name] == "AQLM" for name in targets):
+        over_aqlm = any(kinds[name] == "AQLM" for name in targets)
+        if over_aqlm and to_train and device.type == "cpu":
+            raise ModelError(
+                "adapters over AQLM's codes, to be trained on a CPU",
+                rule="the package's backward pass (aqlm 1.1.7) takes its scales the wrong way round there",
+                fix="a GPU",
+            )
+        if over_aqlm and self.options.dora:
             raise ModelError(
                 "method.dora=true over AQLM's codes",
                 rule="DoRA needs the norm of each row, and no kernel gives AQLM's weights",

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qtrain.errors import ModelError
@@ -54,4 +55,12 @@ def load(
         raise ModelError(" ".join(str(error).split())[:400], where=str(directory)) from None
     model.requires_grad_(False)
     model.eval()
+    for module in model.modules():
+        if hasattr(module, "codebooks"):
+            module.register_forward_hook(_own_output)
     return model
+
+
+def _own_output(module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """PEFT 0.21 adds its adapter in place, to what aqlm 1.1.7 returns as a view: autograd refuses that."""
+    return output.clone()
