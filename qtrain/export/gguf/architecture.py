@@ -141,9 +141,9 @@ def notes_on(config: PretrainedConfig) -> list[str]:
     notes = []
     kind = config.rope_parameters.get("rope_type", "default")
     if kind != "default":
-        notes.append(f"RoPE is of type {kind}, which llama.cpp reads from the file and transformers' loader does not")
+        notes.append(f"RoPE is of type {kind}, which llama.cpp reads from the file and transformers does not")
     if config.model_type == "llama" and (config.attention_bias or config.mlp_bias):
-        notes.append("transformers' loader builds Llama models without the biases that the file holds; llama.cpp adds them")
+        notes.append("transformers builds Llama models without the biases that the file holds; llama.cpp adds them")
     window = getattr(config, "sliding_window", None)
     if window is not None and getattr(config, "use_sliding_window", True) and window < config.max_position_embeddings:
         notes.append(f"llama.cpp attends to the whole context: sliding_window={window} is not kept")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -37,6 +38,7 @@ from qtrain.ptq.activation_stats import Calibration
 
 FILE = "model.gguf"
 QUANTIZATION_VERSION = 2
+logging.getLogger("gguf.gguf_writer").setLevel(logging.WARNING)  # it tells the byte order and the temporary path
 
 
 def write(
