@@ -146,7 +146,7 @@ def test_help_shows_type_default_and_meaning(capsys: pytest.CaptureFixture[str])
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     row = lines.index("optimizer.lr number = 0.0002")
     assert lines[row + 1] == "learning rate at its highest"
-    assert "method.base nf4|fp4|int8|none = nf4" in lines
+    assert "method.base nf4|fp4|int8|packed|checkpoint|none = nf4" in lines
     assert "data.train text or list of text = null" in lines
 
 
