@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from qtrain import peqa
 from qtrain.cli import main
 from qtrain.config.compose import load_recipe
-from qtrain.export.readback import read_records
+from qtrain.models.quantized.checkpoint import read_records
 from qtrain.modules.packed_identity import packed_layers
 from qtrain.training.run_directory import RunDirectory
 from qtrain.training.trained import trained_subject

@@ -12,7 +12,7 @@ import torch
 
 from qtrain.cli import main
 from qtrain.config.compose import load_recipe
-from qtrain.export.readback import read_records
+from qtrain.models.quantized.checkpoint import read_records
 from qtrain.modules.quant_linear import QuantLinear
 from qtrain.training.run_directory import RunDirectory
 from qtrain.training.trained import trained_subject

@@ -13,11 +13,11 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from qtrain.errors import ExportError
+from qtrain.errors import ExportError, ModelError
 from qtrain.export.compressed_tensors.config import CompressedTensorsOptions
-from qtrain.export.integers.records import quantize_linear
 from qtrain.export.compressed_tensors.write import write
-from qtrain.export.readback import read_records
+from qtrain.export.integers.records import quantize_linear
+from qtrain.models.quantized.checkpoint import read_records
 from qtrain.modules.deployed import DeployedModel
 from qtrain.modules.record import LinearRecord
 from qtrain.ptq.activation_stats import Calibration
@@ -161,5 +161,5 @@ def test_options_are_checked(keys: dict[str, Any]) -> None:
 
 def test_another_layout_is_not_read_back(tmp_path: Path, tiny_model: Build) -> None:
     tiny_model().save_pretrained(tmp_path)
-    with pytest.raises(ExportError, match="pack-quantized"):
+    with pytest.raises(ModelError, match="its weights are plain"):
         next(read_records(tmp_path))

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from qtrain.export.compressed_tensors.config import CompressedTensorsOptions
 from qtrain.export.compressed_tensors.write import write
-from qtrain.export.readback import read_records
+from qtrain.models.quantized.checkpoint import read_records
 from qtrain.modules.deployed import DeployedModel
 
 Deploy = Callable[[PreTrainedModel], DeployedModel]

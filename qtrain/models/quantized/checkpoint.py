@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -121,6 +121,12 @@ def read_quantized(directory: Path, *, whole_zero_points: bool = True) -> Quanti
         others={name: partial(tensors.get, name) for name in tensors if name not in reading.tensors},
         notes=notes,
     )
+
+
+def read_records(directory: Path) -> Iterator[tuple[str, LinearRecord]]:
+    """Every quantized layer of a directory by module name, read one at a time; errors as ``read_quantized``."""
+    for name, load in read_quantized(directory).records.items():
+        yield name, load()
 
 
 def load_skeleton(
