@@ -11,20 +11,19 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from qtrain.export.compressed_tensors.config import CompressedTensorsOptions
-from qtrain.export.compressed_tensors.write import write
-from qtrain.export.merged.config import MergedOptions
-from qtrain.export.merged.write import write as write_merged
+from qtrain.export.config import FORMATS
 from qtrain.export.verify.check import check_export
 from qtrain.export.verify.verdict import Verdict
 from qtrain.methods.config import METHODS
 from qtrain.methods.method import build_method
 from qtrain.modules.deployed import DeployedModel
 from qtrain.numerics.packing import pack, unpack
+from qtrain.registry import resolve
 
 UP = "model.layers.1.mlp.up_proj"
 INDEX = "model.safetensors.index.json"
@@ -35,6 +34,7 @@ W8A8 = {
     "activation": {"format": "int8", "convention": "compressed-tensors"},
 }
 PEQA = {"name": "peqa", "init": "rtn", "weight": {"format": "int3", "group_size": 32, "symmetric": False}}
+ASYMMETRIC = {"name": "qat", "weight": {"format": "int4", "group_size": 32, "symmetric": False, "range": "learned"}}
 
 
 @dataclass
@@ -62,8 +62,10 @@ class Made:
         """Change one tensor and leave everything else as it is."""
         file = self.file_of(name)
         tensors = load_file(file)
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata()
         tensors[name] = change(tensors[name]).contiguous()
-        save_file(tensors, file, metadata={"format": "pt"})
+        save_file(tensors, file, metadata=metadata)
 
     def json(self, file: str, change: Callable[[dict[str, Any]], object]) -> None:
         content = json.loads((self.directory / file).read_text(encoding="utf-8"))
@@ -77,8 +79,8 @@ class Made:
         self.header(lambda header: [change(group["weights"]) for group in header["config_groups"].values()])
 
 
-def make(model: PreTrainedModel, options: dict[str, Any], out: Path, tokenizer: Any, layout: str) -> Made:
-    section = METHODS.get(options["name"]).model_validate(options)
+def make(model: PreTrainedModel, trained: dict[str, Any], out: Path, tokenizer: Any, layout: str) -> Made:
+    section = METHODS.get(trained["name"]).model_validate(trained)
     method = build_method(section)
     prepared = method.prepare(model, compute_dtype=torch.float32, device=torch.device("cpu"))
     torch.manual_seed(2)
@@ -87,10 +89,8 @@ def make(model: PreTrainedModel, options: dict[str, Any], out: Path, tokenizer: 
             if parameter.requires_grad:
                 parameter.mul_(torch.empty_like(parameter).uniform_(0.9, 1.1))
     deployed = method.deployed(prepared, dtype=torch.float32)
-    if layout == "merged":
-        write_merged(deployed, MergedOptions(max_shard_size="100KB"), out, tokenizer=tokenizer, facts={})
-    else:
-        write(deployed, CompressedTensorsOptions(max_shard_size="100KB"), out, tokenizer=tokenizer, facts={})
+    options = FORMATS.get(layout).model_validate({"format": layout, "max_shard_size": "100KB"})
+    resolve(options.implementation)(deployed, options, out, tokenizer=tokenizer, facts={})
     return Made(layout, out, deployed, tokenizer)
 
 
@@ -100,6 +100,10 @@ KINDS: dict[str, tuple[dict[str, Any], str, bool]] = {
     "w8a8": (W8A8, "compressed-tensors", False),
     "peqa": (PEQA, "compressed-tensors", False),
     "merged": (QAT, "merged", False),
+    "gptq": (QAT, "gptq", False),
+    "gptq v2": (PEQA, "gptq", False),
+    "awq": (ASYMMETRIC, "awq", False),
+    "torchao": (QAT, "torchao", False),
 }
 
 
@@ -131,7 +135,7 @@ def test_a_good_export_passes(good: Callable[[str], Made], kind: str) -> None:
     assert all(count["differing"] == 0 for count in counts.values())
     if kind != "merged":
         assert counts["codes"]["compared"] == 2 * (64 * 64 * 2 + 64 * 32 * 2 + 64 * 128 * 3)
-    assert bool(counts["zero points"]["compared"]) == (kind == "peqa")
+    assert bool(counts["zero points"]["compared"]) == (kind in ("peqa", "gptq", "gptq v2", "awq"))
     assert set(verdict.cells.values()) <= {"ok", "0", "-"}
 
 
@@ -197,7 +201,7 @@ def add_points(made: Made) -> None:
 
 def flip_a_bit(words: Tensor) -> Tensor:
     raw = words.view(torch.uint8)
-    raw[17, 5] ^= 4
+    raw[7, 5] ^= 4
     return words
 
 
@@ -270,6 +274,26 @@ def other_template(made: Made) -> None:
     path.write_text(path.read_text().replace("assistant", "bot"))
 
 
+def header(**changes: Any) -> Callable[[Made], None]:
+    """What both files of GPTQ's header say."""
+
+    def change(made: Made) -> None:
+        made.header(lambda content: content.update(changes))
+        if (made.directory / "quantize_config.json").exists():
+            made.json("quantize_config.json", lambda content: content.update(changes))
+
+    return change
+
+
+def permute(order: Tensor) -> Tensor:
+    return order[torch.randperm(len(order), generator=torch.Generator().manual_seed(0))]
+
+
+def one_more(words: Tensor) -> Tensor:
+    """A zero point of v1 where v2 has its own, in the first field of each word."""
+    return words + 1
+
+
 def ignore(*more: str) -> Callable[[Made], None]:
     return lambda made: made.header(lambda header: header.update(ignore=list(more)))
 
@@ -296,6 +320,7 @@ def config(**changes: Any) -> Callable[[Made], None]:
 
 DYNAMIC = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 PACKED, SCALE, POINTS = f"{UP}.weight_packed", f"{UP}.weight_scale", f"{UP}.weight_zero_point"
+QWEIGHT, QZEROS, G_IDX = (f"{UP}.{part}" for part in ("qweight", "qzeros", "g_idx"))
 Mutant = tuple[str, Callable[[Made], None], str, list[str]]
 """Kind of export, the change, the row of the table that fails, and words of the message."""
 MUTANTS: dict[str, Mutant] = {
@@ -310,7 +335,7 @@ MUTANTS: dict[str, Mutant] = {
     "extra part of a layer": ("qat", add_points, "names", [f"{UP}.weight_zero_point: no tensor of the model"]),
     "missing norm": ("qat", drop_tensor, "names", ["model.norm.weight: it is missing"]),
     "missing scale": ("qat", lambda made: drop_tensor(made, SCALE), "layout", [SCALE, "missing"]),
-    "flipped bit": ("qat", tensor(PACKED, flip_a_bit), "codes", [f"{UP}: 1 of 73,728 codes differ", "[17, 10]"]),
+    "flipped bit": ("qat", tensor(PACKED, flip_a_bit), "codes", [f"{UP}: 1 of 73,728 codes differ", "[7, 10]"]),
     "swapped nibbles": ("qat", tensor(PACKED, swap_nibbles), "codes", [f"{UP}: ", "codes differ, first at [0, 0]"]),
     "rows swapped": ("qat", tensor(PACKED, lambda words: words.flip(0)), "codes", [UP, "codes differ"]),
     "changed byte": ("w8a8", tensor(f"{UP}.weight", lambda codes: codes ^ 1), "codes", [UP, "8,192 of 73,728 codes"]),
@@ -383,6 +408,49 @@ MUTANTS: dict[str, Mutant] = {
         ["quant_method='gptq'"],
     ),
     "merged called quantized": ("merged", config(quantization_config={"quant_method": "gptq"}), "layout", ["'gptq'"]),
+    "gptq: permuted g_idx": ("gptq", tensor(G_IDX, permute), "layout", [G_IDX, "act-order"]),
+    "gptq: groups shifted by one": ("gptq", tensor(G_IDX, lambda order: order.roll(1)), "layout", [G_IDX, "act-order"]),
+    "gptq: flipped bit": ("gptq", tensor(QWEIGHT, flip_a_bit), "codes", [f"{UP}: 1 of 73,728 codes"]),
+    "gptq: words along the other side": (
+        "gptq",
+        tensor(QWEIGHT, lambda words: words.t().reshape(words.shape)),
+        "codes",
+        [UP, "codes differ"],
+    ),
+    "gptq: scale": ("gptq", tensor(f"{UP}.scales", lambda s: s.flip(0)), "scales", [UP, "scales differ"]),
+    "gptq: zero point": ("gptq v2", tensor(QZEROS, one_more), "zero points", [f"{UP}: ", "zero points differ"]),
+    "gptq: v1 called v2": ("gptq", header(checkpoint_format="gptq_v2"), "zero points", ["2,304 of 2,304 zero points"]),
+    "gptq: v2 called v1": ("gptq v2", header(checkpoint_format="gptq"), "layout", ["asymmetric 3-bit", "v1"]),
+    "gptq: act-order": ("gptq", header(desc_act=True), "layout", ["quantization_config.desc_act=True"]),
+    "gptq: symmetric": ("gptq", header(sym=False), "layout", ["called asymmetric there, symmetric in the run"]),
+    "gptq: bits": ("gptq", header(bits=8), "layout", ["qweight of shape", "in 8 bits"]),
+    "gptq: group_size": ("gptq", header(group_size=64), "layout", ["qzeros of shape", "group_size=64"]),
+    "gptq: head": ("gptq", header(lm_head=True), "layout", ["lm_head: quantization_config takes it for quantized"]),
+    "gptq: layer left out": (
+        "gptq",
+        header(dynamic={"-:.*up_proj": {}}),
+        "layout",
+        [f"{UP}: quantization_config takes it for unquantized"],
+    ),
+    "gptq: two headers": (
+        "gptq",
+        lambda made: made.json("quantize_config.json", lambda content: content.update(bits=8)),
+        "layout",
+        ["quantize_config.json: it differs"],
+    ),
+    "awq: order of nibbles": ("awq", tensor(QWEIGHT, swap_nibbles), "codes", [UP, "codes differ"]),
+    "awq: zero points": ("awq", tensor(QZEROS, lambda words: words.flip(1)), "zero points", [UP, "zero points differ"]),
+    "awq: version": ("awq", header(version="gemv"), "layout", ["quantization_config.version='gemv'"]),
+    "awq: group_size": ("awq", header(group_size=64), "layout", ["qzeros of shape", "group_size=64"]),
+    "awq: head": ("awq", header(modules_to_not_convert=None), "layout", ["lm_head: quantization_config takes it for"]),
+    "torchao: code": ("torchao", tensor(f"{UP}._weight_qdata", lambda codes: codes.neg()), "codes", [UP, "codes"]),
+    "torchao: zero points": (
+        "torchao",
+        tensor(f"{UP}._weight_zero_point", lambda points: points + 1),
+        "zero points",
+        [f"{UP}: 256 of 256 zero points differ"],
+    ),
+    "torchao: head": ("torchao", header(include_input_output_embeddings=True), "layout", ["include_input_output"]),
     "generation config": (
         "qat",
         lambda made: made.json("generation_config.json", lambda content: content.update(eos_token_id=7)),

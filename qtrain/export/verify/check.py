@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qtrain.errors import QtrainError
 from qtrain.export.verify.companions import config_problems, generation_problems, tokenizer_problems
-from qtrain.export.verify.compare import KINDS, compare, kinds
+from qtrain.export.verify.compare import KINDS, compare, counted
 from qtrain.export.verify.files import file_problems
 from qtrain.export.verify.stored import READERS
 from qtrain.export.verify.verdict import Verdict
@@ -67,7 +67,7 @@ def _compare(verdict: Verdict, deployed: DeployedModel, progress: Progress | Non
         if count.differing:
             verdict.cells[kind] = f"{count.differing:,}"
     verdict.found("tensors", result.wrong)
-    verdict.figures |= {"counts": kinds(result.counts), "equal_tensors": result.tensors}
+    verdict.figures |= {"counts": counted(result.counts), "equal_tensors": result.tensors}
     if result.other_inputs:
         verdict.notes.append(
             f"inputs of {result.other_inputs} layers were quantized in training and are not, or by another rule, in "

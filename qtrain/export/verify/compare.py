@@ -14,6 +14,7 @@ from qtrain.export.writer import Progress
 from qtrain.models.quantized.layer import QuantizedLayer
 from qtrain.modules.deployed import DeployedModel, DeployedTensor
 from qtrain.modules.record import LinearRecord
+from qtrain.numerics.affine import QParams
 
 SAME_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integers by their bytes: two tensors are equal in them where all their bits are, the sign of zero too."""
@@ -99,7 +100,7 @@ def compare(stored: Stored, deployed: DeployedModel, progress: Progress | None =
         seen |= {tensor.name, name}
         result.other_inputs += not _same_inputs(layer, tensor)
         if layer is not None:
-            _compare_layer(name, layer, tensor, result)
+            _compare_layer(name, layer, tensor, stored.tells_symmetry, result)
         elif tensor.name in stored.others:
             if stored.layers and tensor.record is not None:
                 result.layout.append(_not_in_codes(name))
@@ -117,7 +118,9 @@ def compare(stored: Stored, deployed: DeployedModel, progress: Progress | None =
     return result
 
 
-def _compare_layer(name: str, layer: QuantizedLayer, tensor: DeployedTensor, result: Comparison) -> None:
+def _compare_layer(
+    name: str, layer: QuantizedLayer, tensor: DeployedTensor, tells_symmetry: bool, result: Comparison
+) -> None:
     if tensor.record is None or tensor.spec is None:
         result.lossy += 1
         if not tensor.linear:
@@ -125,25 +128,43 @@ def _compare_layer(name: str, layer: QuantizedLayer, tensor: DeployedTensor, res
                 ExportError("it is in codes", where=name, rule="heads and embeddings stay unquantized in this format")
             )
         return
-    result.layout += _layout_problems(name, layer, tensor)
+    result.layout += _layout_problems(name, layer, tensor, tells_symmetry)
     try:
         found, own = layer.load(), tensor.record()
     except QtrainError as error:
         result.layout.append(error)
         return
     result.counts["codes"].add(name, found.codes, own.codes)
+    ranges = layer.inputs.qparams if layer.inputs is not None else None
+    if _words(ranges) != _words(own.inputs):
+        result.layout.append(
+            ExportError(
+                f"a static range of inputs {_words(ranges)} there, {_words(own.inputs)} in the run",
+                where=name,
+                rule="an export holds the ranges of the last training step",
+            )
+        )
     result.counts["scales"].add(name, *_on_one_grid(found.scale, own.scale))
     if found.zero_point is not None or own.zero_point is not None:
         result.counts["zero points"].add(name, *_on_one_grid(_zero_point(found), _zero_point(own)))
 
 
-def _layout_problems(name: str, layer: QuantizedLayer, tensor: DeployedTensor) -> Iterator[ExportError]:
+def _layout_problems(
+    name: str, layer: QuantizedLayer, tensor: DeployedTensor, tells_symmetry: bool
+) -> Iterator[ExportError]:
     assert tensor.spec is not None
-    if layer.spec.bits != tensor.spec.bits:
+    if (layer.spec.bits, layer.spec.is_float) != (tensor.spec.bits, tensor.spec.is_float):
         yield ExportError(
-            f"{layer.spec.bits} bits there, {tensor.spec.bits} in the run",
+            f"{layer.spec.format} weights there, {tensor.spec.format} in the run",
             where=name,
-            rule="the header says how many bits a weight has",
+            rule="the header says what a weight is",
+        )
+    if tells_symmetry and layer.spec.symmetric != tensor.spec.symmetric:
+        kinds = [("asymmetric", "symmetric")[spec.symmetric] for spec in (layer.spec, tensor.spec)]
+        yield ExportError(
+            f"called {kinds[0]} there, {kinds[1]} in the run",
+            where=name,
+            rule="kernels are chosen by what the header says of zero points",
         )
     there, own = layer.inputs and layer.inputs.spec, tensor.activation
     if (there and (there.format, there.symmetric, there.granularity)) != (
@@ -228,6 +249,14 @@ def _on_one_grid(found: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
     return found, own
 
 
-def kinds(counts: Mapping[str, Count]) -> dict[str, dict[str, int]]:
+def _words(qparams: QParams | None) -> str:
+    """A static range, scale [1, 1] and zero point, to the last digit."""
+    if qparams is None:
+        return "none"
+    zero = 0 if qparams.zero_point is None else qparams.zero_point.item()
+    return f"scale {qparams.scale.item()!r} zero point {zero!r}"
+
+
+def counted(counts: Mapping[str, Count]) -> dict[str, dict[str, int]]:
     """The counts, as verify.json holds them."""
     return {kind: {"compared": count.compared, "differing": count.differing} for kind, count in counts.items()}

@@ -21,6 +21,7 @@ class Stored:
         others: plain tensors by their names.
         claimed: linears that a consumer takes for quantized by the header, whatever the files hold.
         surplus: names of tensors that belong to a layer and not to its format.
+        tells_symmetry: the header says which layers are symmetric; else all have zero points.
         own_dtypes: plain tensors have the dtypes that the format prescribes, not that of the checkpoint.
     """
 
@@ -28,6 +29,7 @@ class Stored:
     others: Mapping[str, Callable[[], Tensor]]
     claimed: Collection[str]
     surplus: Collection[str] = ()
+    tells_symmetry: bool = True
     own_dtypes: bool = False
 
 
@@ -42,6 +44,9 @@ READERS: Registry[Reader] = Registry(
     "format that is read back",
     {
         "compressed-tensors": "qtrain.export.verify.compressed_tensors:read",
+        "gptq": "qtrain.export.verify.gptq:read",
+        "awq": "qtrain.export.verify.awq:read",
+        "torchao": "qtrain.export.verify.torchao:read",
         "merged": "qtrain.export.verify.plain:read",
     },
 )
