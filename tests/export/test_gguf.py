@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from transformers import (
 
 from qtrain.errors import ExportError
 from qtrain.export.gguf.blocks import SPECS, minimum_is_exact, pack_blocks, stored_record, unpack_blocks
+from qtrain.export.gguf.check import differences
 from qtrain.export.gguf.config import GgufOptions
 from qtrain.export.gguf.readback import differing_codes, read_records
 from qtrain.export.gguf.trained import BLOCK_TYPES, Q4_0, Q4_1, Q8_0, TQ1_0, TQ2_0, BlockType, block_type
@@ -474,21 +476,61 @@ MUTANTS: dict[str, tuple[str, int, int]] = {
     "scale": ("blk.0.attn_k.weight", 0, 0x01),
     "permuted rows": ("blk.0.attn_q.weight", 18 * 2 * 5 + 3, 0x10),
     "last byte": ("blk.1.ffn_down.weight", -1, 0x40),
+    "norm": ("blk.1.attn_norm.weight", 8, 0x01),
+    "embedding": ("token_embd.weight", 5, 0x01),
+    "head": ("output.weight", -4, 0x01),
 }
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_a_turned_bit_is_found(tmp_path: Path, tiny_model: Build, name: str) -> None:
+def test_a_turned_bit_is_found(
+    tmp_path: Path, tiny_model: Build, tiny_tokenizer: PreTrainedTokenizerFast, name: str
+) -> None:
     deployed = trained(tiny_model(), LSQ)
-    export(deployed, tmp_path / "out")
+    export(deployed, tmp_path / "out", tiny_tokenizer)
     path = tmp_path / "out" / "model.gguf"
+    assert list(differences(path, deployed, tiny_tokenizer)) == []
     tensor, at, bits = MUTANTS[name]
     place = next(found for found in GGUFReader(path).tensors if found.name == tensor)
     content = bytearray(path.read_bytes())
     content[int(place.data_offset) + at % int(place.n_bytes)] ^= bits
     path.write_bytes(content)
-    counts = {layer: count for layer, count in differing_codes(path, records(deployed)).items() if count}
-    assert list(counts.values()) == [32 if name == "scale" else 1]
+    counts = [count for count in differing_codes(path, records(deployed)).values() if count]
+    assert counts == ([] if name in ("norm", "embedding", "head") else [32] if name == "scale" else [1])
+    (problem,) = differences(path, deployed, tiny_tokenizer)
+    assert (
+        problem.where is not None
+        and problem.where.endswith(".weight")
+        and problem.what[0] == str(max(counts or [1]))[0]
+    )
+
+
+KEYS = {
+    "llama.feed_forward_length": {"intermediate_size": 96},
+    "llama.rope.freq_base": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}},
+    "llama.attention.layer_norm_rms_epsilon": {"rms_norm_eps": 1e-3},
+    "llama.context_length": {"max_position_embeddings": 64},
+}
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_another_key_is_found(tmp_path: Path, tiny_model: Build, deploy: Deploy, key: str) -> None:
+    plain = deploy(tiny_model())
+    export(plain, tmp_path / "out")
+    other = replace(plain, config=LlamaConfig(**{**plain.config.to_dict(), **KEYS[key]}))
+    assert [problem.where for problem in differences(tmp_path / "out" / "model.gguf", other, None)] == [key]
+
+
+def test_another_tokenizer_is_found(
+    tmp_path: Path, tiny_model: Build, deploy: Deploy, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    plain, other = deploy(tiny_model()), deepcopy(tiny_tokenizer)
+    export(plain, tmp_path / "out", tiny_tokenizer)
+    other.chat_template, other.eos_token = "{{ messages }}", "<|endoftext|>"
+    other.add_tokens(["<tool>"])
+    found = {problem.where for problem in differences(tmp_path / "out" / "model.gguf", plain, other)}
+    names = {"tokenizer.chat_template", "tokenizer.ggml.eos_token_id"}
+    assert found == names | {"tokenizer.ggml.tokens", "tokenizer.ggml.token_type"}
 
 
 def test_a_short_file_is_no_file(tmp_path: Path, tiny_model: Build, deploy: Deploy) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,35 +25,47 @@ def read_records(path: Path) -> Iterator[tuple[str, LinearRecord]]:
     """Every quantized layer by its name in the plain checkpoint, in the checkpoint's order of rows; one at a time.
 
     Raises:
-        ExportError: no GGUF file of an architecture that is written here, or blocks of another kind.
+        ExportError: no GGUF file of an architecture that is written here.
     """
-    try:
-        reader = GGUFReader(path)
-    except (OSError, ValueError, IndexError) as error:
-        raise ExportError(f"no whole GGUF file: {error}", where=str(path)) from error
+    for name, load in stored_layers(open_file(path)).items():
+        yield name, load()
+
+
+def stored_layers(reader: GGUFReader) -> dict[str, Callable[[], LinearRecord]]:
+    """What reads each quantized layer of an open file."""
     name = _value(reader, "general.architecture")
     families = {MODEL_ARCH_NAMES[found.arch]: found for found in ARCHITECTURES.values()}
     if name not in families:
-        raise ExportError(f"architecture {name!r}", where=str(path), rule=f"read back: {', '.join(families)}")
+        raise ExportError(f"architecture {name!r}", rule=f"read back: {', '.join(families)}")
     layers = int(_value(reader, f"{name}.block_count"))
     heads = {
-        "q": int(_value(reader, f"{name}.attention.head_count")),
-        "k": int(_value(reader, f"{name}.attention.head_count_kv")),
+        "self_attn.q_proj": int(_value(reader, f"{name}.attention.head_count")),
+        "self_attn.k_proj": int(_value(reader, f"{name}.attention.head_count_kv")),
     }
     names = get_tensor_name_map(families[name].arch, layers)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
+    found: dict[str, Callable[[], LinearRecord]] = {}
     for layer in range(layers):
         for projection in PROJECTIONS:
             module = f"model.layers.{layer}.{projection}"
             tensor = tensors.get(f"{names.get_name(module)}.weight")
             if tensor is None:
-                raise ExportError("no such tensor", where=f"{path}: {module}", rule="each layer has all of them")
+                raise ExportError("no such tensor", where=module, rule="each layer has all of them")
             if tensor.tensor_type.name in BLOCK_TYPES:
-                record = _record(tensor)
-                kind = projection.removeprefix("self_attn.")[0]
-                if families[name].interleaved and projection.startswith("self_attn") and kind in heads:
-                    record = _uninterleaved(record, heads[kind])
-                yield module, record
+                found[module] = partial(_record, tensor, heads.get(projection) if families[name].interleaved else None)
+    return found
+
+
+def open_file(path: Path) -> GGUFReader:
+    """The file's keys and tensors, mapped into memory.
+
+    Raises:
+        ExportError: it is no GGUF file, or a part of one.
+    """
+    try:
+        return GGUFReader(path)
+    except (OSError, ValueError, IndexError) as error:
+        raise ExportError(f"no whole GGUF file: {error}", where=str(path)) from error
 
 
 def differing_codes(path: Path, trained: Iterable[tuple[str, LinearRecord]]) -> dict[str, int]:
@@ -60,15 +73,16 @@ def differing_codes(path: Path, trained: Iterable[tuple[str, LinearRecord]]) -> 
 
     A layer that is not in the file as codes differs whole. 0 everywhere: the file is what was trained.
     """
-    found = dict(read_records(path))
+    found = stored_layers(open_file(path))
     counts = {}
     for name, record in trained:
-        stored = found.get(name)
-        counts[name] = record.codes.numel() if stored is None else _differing(record, stored)
+        load = found.get(name)
+        counts[name] = record.codes.numel() if load is None else differing(record, load())
     return counts
 
 
-def _differing(record: LinearRecord, found: LinearRecord) -> int:
+def differing(record: LinearRecord, found: LinearRecord) -> int:
+    """How many weights of one trained layer are others in its blocks."""
     kind = next(kind for kind in BLOCK_TYPES.values() if SPECS[kind.name] == found.spec)
     try:
         expected = stored_record(record, kind)
@@ -80,11 +94,10 @@ def _differing(record: LinearRecord, found: LinearRecord) -> int:
     return int(((expected.codes != found.codes) | ranges.repeat_interleave(kind.size, dim=1)).sum())
 
 
-def _record(tensor: ReaderTensor) -> LinearRecord:
-    return unpack_blocks(torch.from_numpy(tensor.data.copy()), BLOCK_TYPES[tensor.tensor_type.name])
-
-
-def _uninterleaved(record: LinearRecord, heads: int) -> LinearRecord:
+def _record(tensor: ReaderTensor, heads: int | None) -> LinearRecord:
+    record = unpack_blocks(torch.from_numpy(tensor.data.copy()), BLOCK_TYPES[tensor.tensor_type.name])
+    if heads is None:
+        return record
     order = interleaved_rows(heads, len(record.codes) // heads).argsort()
     zero = None if record.zero_point is None else record.zero_point[order]
     return LinearRecord(record.codes[order], record.scale[order], zero, record.spec)

@@ -14,7 +14,7 @@ import torch
 from gguf import GGML_QUANT_SIZES, MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter
 from gguf.quants import quantize as quantize_again
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from qtrain.errors import ExportError
 from qtrain.export.card import write_card
@@ -68,11 +68,8 @@ def write(
     with atomic_directory(directory) as temporary:
         writer = GGUFWriter(temporary / FILE, MODEL_ARCH_NAMES[architecture_of(model.config).arch])
         try:
-            _add_keys(writer, model, plan, rows, facts)
-            if tokenizer is None or vocabulary is None:
-                writer.add_tokenizer_model("no_vocab")
-            else:
-                add_vocabulary(writer, vocabulary, tokenizer)
+            _add_labels(writer, plan, facts)
+            add_keys(writer, model.config, rows, tokenizer, vocabulary)
             if factors is not None:
                 writer.add_tensor_info(ROPE_FACTORS, factors.shape, np.dtype(np.float32), factors.nbytes)
             for placed in plan:
@@ -98,16 +95,32 @@ def write(
     return result
 
 
-def _add_keys(
-    writer: GGUFWriter, model: DeployedModel, plan: list[PlacedTensor], rows: int, facts: Mapping[str, Any]
+def add_keys(
+    writer: GGUFWriter,
+    config: PretrainedConfig,
+    rows: int,
+    tokenizer: PreTrainedTokenizerBase | None,
+    vocabulary: Vocabulary | None,
 ) -> None:
+    """All that decides what a reader computes: the architecture's keys and the vocabulary's.
+
+    Args:
+        rows: of the embedding.
+    """
+    add_metadata(writer, config, rows)
+    if tokenizer is None or vocabulary is None:
+        writer.add_tokenizer_model("no_vocab")
+    else:
+        add_vocabulary(writer, vocabulary, tokenizer)
+
+
+def _add_labels(writer: GGUFWriter, plan: list[PlacedTensor], facts: Mapping[str, Any]) -> None:
     writer.add_type("model")
     # transformers takes a model of this name for another architecture.
     name = str(facts.get("name") or Path(str(facts.get("base_model") or "model")).name)
     writer.add_name("Mistral" if name == "mistral" else name)
     writer.add_file_type(file_type(plan))
     writer.add_quantization_version(QUANTIZATION_VERSION)
-    add_metadata(writer, model.config, rows)
 
 
 def _bytes_of(placed: PlacedTensor) -> int:
