@@ -55,7 +55,8 @@ class ShardWriter:
         Raises:
             ExportError: NaN or inf in it.
         """
-        wide = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor  # fp8 has no test
+        # torch has no test of fp8 numbers.
+        wide = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
         if wide.is_floating_point() and not bool(wide.isfinite().all()):
             raise ExportError(f"NaN or inf as {tensor.dtype}", where=name, rule="exported weights are finite")
         size = tensor.numel() * tensor.element_size()
