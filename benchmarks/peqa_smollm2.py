@@ -3,9 +3,9 @@
     python benchmarks/peqa_smollm2.py MODEL TRAIN.txt TEST.txt OUT.md [NAME ...] [key=value ...]
 
 Trained on windows of 512 tokens of TRAIN.txt; perplexity on the first 64 windows of 512 tokens of TEST.txt. Adapters:
-r 16 on every linear layer, merged, then quantized by RTN or GPTQ. PEQA: scales alone, over GPTQ's or HQQ's integers. Keys
-go to every training; a name takes keys of its own, ``peqa4@optimizer.lr=2e-4;method.calibration_rows=64``. Runs lie in
-OUT's directory; a run that is there already is only measured.
+r 16 on every linear layer, merged, then quantized by RTN or GPTQ. PEQA: scales alone, over GPTQ's or HQQ's integers.
+Keys go to every training; a name takes keys of its own: ``peqa4@optimizer.lr=2e-4;method.calibration_rows=64``. Runs
+lie in OUT's directory; a run that is there already is only measured.
 """
 
 from __future__ import annotations
