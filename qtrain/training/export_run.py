@@ -26,7 +26,7 @@ from qtrain.report.write import write_report
 from qtrain.training.reference import Reference
 from qtrain.training.run_directory import RunDirectory
 from qtrain.training.tracking import close, log_artifacts, loggers
-from qtrain.training.verify_run import check_written, judge, load_export
+from qtrain.training.verify_run import check_written, judge, loaded_export
 
 
 def export_run(config: Config, run: RunDirectory) -> dict[str, Any]:
@@ -91,20 +91,23 @@ def _deploy(
         calibration=reference.calibration(0 if deployed.trained_codes else getattr(options, "calibration_rows", 0)),
         progress=progress_over("exporting"),
     )
-    written = ExportLocation(options.format, directory, {})
+    written = ExportLocation(options.format, directory, found)
     verdict = check_written(reference, written, deployed) if options.verify else None
     if verdict is not None and verdict.lossy:
         found["sha256"] = digests(directory)
     if options.evaluate:
         with reference.context():
-            candidate = load_export(reference, written)
-            found |= reference.drift(candidate).to_dict()
+            loaded = loaded_export(reference, written)
+            found |= {"measured_in": loaded.by.name, **reference.drift(loaded.model).to_dict()}
             if verdict is not None:
-                judge(verdict, reference, candidate, found, deployed, {})
-            del candidate
+                judge(verdict, reference, loaded, found, deployed, {})
+            note = loaded.note
+            del loaded
             if hasattr(options, "base") and reference.module.method.why_no_original() is None:
                 found["alternative"] = _alternative(reference, base)
         write_card(directory, {**facts, "figures": _figures(found)}, found)
+        if note is not None:  # of this machine, so not for the card
+            found["notes"].append(note)
     return found, verdict
 
 

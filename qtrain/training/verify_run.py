@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel
 
 from qtrain.config.schema import Config
 from qtrain.errors import ModelError
 from qtrain.evaluation.progress import progress_over
 from qtrain.export.config import FORMATS
+from qtrain.export.consumers import Loaded, load_export
 from qtrain.export.locations import ExportLocation
 from qtrain.export.verify.adapter import check_adapter
 from qtrain.export.verify.check import check_export
@@ -20,9 +20,7 @@ from qtrain.export.verify.consumer import judge_figures, judge_tokens
 from qtrain.export.verify.files import changed_files
 from qtrain.export.verify.verdict import Verdict
 from qtrain.files import write_json
-from qtrain.models.config import ModelSection
 from qtrain.models.dtype import DTYPES
-from qtrain.models.load import load_model
 from qtrain.modules.deployed import DeployedModel
 from qtrain.report.write import write_report
 from qtrain.training.reference import Reference
@@ -51,8 +49,8 @@ def verdicts_json(verdicts: Sequence[Verdict]) -> dict[str, Any]:
 def check_written(reference: Reference, export: ExportLocation, deployed: DeployedModel) -> Verdict:
     """What the files of an export say, without running it."""
     tokenizer = reference.module.tokenizer
-    verdict = check_export(export.format, export.directory, deployed, tokenizer, progress_over("verifying"))
-    if verdict.lossy and "sha256" in export.facts and "files" in verdict.cells:
+    verdict = check_export(export, deployed, tokenizer, progress_over("verifying"))
+    if verdict.lossy and "sha256" in export.facts:
         verdict.found("files", changed_files(export.directory, export.facts["sha256"]))
     return verdict
 
@@ -60,27 +58,29 @@ def check_written(reference: Reference, export: ExportLocation, deployed: Deploy
 def judge(
     verdict: Verdict,
     reference: Reference,
-    candidate: PreTrainedModel,
+    loaded: Loaded,
     found: Mapping[str, Any],
     deployed: DeployedModel,
     recorded: Mapping[str, Any],
 ) -> None:
     """Add what a loaded export computes: the figures of its drift, and greedy tokens."""
-    fp32 = {reference.compute, reference.storage, deployed.dtype} == {torch.float32}
+    fp32 = loaded.by.fp32 and {reference.compute, reference.storage, deployed.dtype} == {torch.float32}
+    verdict.cells["by"] = loaded.by.name
+    if loaded.note:
+        verdict.notes.append(loaded.note)
     judge_figures(verdict, found, fp32, recorded)
-    judge_tokens(verdict, reference.continuation(candidate), reference.continuation(reference.plain), fp32)
+    judge_tokens(verdict, reference.continuation(loaded.model), reference.continuation(reference.plain), fp32)
 
 
-def load_export(reference: Reference, export: ExportLocation) -> PreTrainedModel:
-    """The export in transformers, with what its consumer switches on at run time.
+def loaded_export(reference: Reference, export: ExportLocation) -> Loaded:
+    """The export as its consumer loads it, with what that switches on at run time.
 
     Raises:
         ModelError: it cannot be loaded.
     """
-    section = ModelSection(path=str(export.directory))
-    candidate = load_model(section, reference.storage, device=reference.device)
-    reference.module.method.serve(reference.model, candidate)
-    return candidate
+    loaded = load_export(export.format, export.directory, reference.storage, device=reference.device)
+    reference.module.method.serve(reference.model, loaded.model)
+    return loaded
 
 
 def _verify(reference: Reference, export: ExportLocation) -> Verdict:
@@ -96,9 +96,9 @@ def _verify(reference: Reference, export: ExportLocation) -> Verdict:
     if reference.config.export.evaluate:
         try:
             with reference.context():
-                candidate = load_export(reference, export)
-                found = reference.drift(candidate).to_dict()
-                judge(verdict, reference, candidate, found, deployed, export.facts)
+                loaded = loaded_export(reference, export)
+                found = reference.drift(loaded.model).to_dict()
+                judge(verdict, reference, loaded, found, deployed, export.facts)
         except ModelError as error:
             verdict.found("perplexity", [error])
     return verdict

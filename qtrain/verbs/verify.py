@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qtrain.console import say, table
+from qtrain.console import say
 from qtrain.errors import ErrorList
 from qtrain.export.verify.verdict import Verdict
 from qtrain.training.verify_run import verify_run
@@ -24,13 +24,15 @@ def run(request: Request) -> None:
 
 
 def show(verdicts: list[Verdict]) -> None:
-    """A row for each thing that was looked at, a column for each export."""
+    """A row for each thing that was looked at, a column for each export; never cut to the terminal's width."""
     rows = [row for row in LABELS if any(row in it.cells for it in verdicts)]
-    table(
-        "verified against the run",
-        ("", *(it.format for it in verdicts)),
-        [(LABELS[row], *(it.cells.get(row, "-") for it in verdicts)) for row in rows],
-    )
+    columns = [[it.format, *(it.cells.get(row, "-") for row in rows)] for it in verdicts]
+    widths = [max(map(len, column)) for column in columns]
+    lines = [
+        f"{label:<22}" + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        for label, *cells in zip(["", *(LABELS[row] for row in rows)], *columns, strict=True)
+    ]
+    say(lines, title="verified against the run")
     for it in verdicts:
         for note in it.notes:
             say(f"{it.format}: {note}")
@@ -39,14 +41,16 @@ def show(verdicts: list[Verdict]) -> None:
 LABELS = {
     "files": "files",
     "names": "names of tensors",
-    "layout": "bits, groups, inputs, ignored",
-    "codes": "codes that differ",
-    "scales": "scales that differ",
-    "zero points": "zero points that differ",
+    "layout": "header",
+    "codes": "codes differing",
+    "scales": "scales differing",
+    "zero points": "zero points differing",
     "tensors": "other tensors",
     "config": "config",
     "tokenizer": "tokenizer",
+    "by": "run by",
     "perplexity": "perplexity",
     "top-1": "same top token",
-    "greedy": "greedy tokens",
+    "greedy": "greedy tokens equal",
 }
+"""What was looked at, in the order of the table, and in words."""

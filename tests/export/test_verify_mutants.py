@@ -9,14 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from gguf import GGUFReader
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from qtrain.export.config import FORMATS
+from qtrain.export.locations import ExportLocation
 from qtrain.export.verify.check import check_export
 from qtrain.export.verify.verdict import Verdict
 from qtrain.methods.config import METHODS
@@ -47,7 +50,7 @@ class Made:
     tokenizer: PreTrainedTokenizerFast
 
     def verdict(self) -> Verdict:
-        return check_export(self.format, self.directory, self.deployed, self.tokenizer)
+        return check_export(ExportLocation(self.format, self.directory, {}), self.deployed, self.tokenizer)
 
     def copy(self, directory: Path) -> Made:
         shutil.copytree(self.directory, directory)
@@ -104,6 +107,7 @@ KINDS: dict[str, tuple[dict[str, Any], str, bool]] = {
     "gptq v2": (PEQA, "gptq", False),
     "awq": (ASYMMETRIC, "awq", False),
     "torchao": (QAT, "torchao", False),
+    "gguf": (QAT, "gguf", False),
 }
 
 
@@ -128,15 +132,18 @@ def good(
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_good_export_passes(good: Callable[[str], Made], kind: str) -> None:
     made = good(kind)
-    assert len(list(made.directory.glob("*.safetensors"))) > 1
+    assert kind == "gguf" or len(list(made.directory.glob("*.safetensors"))) > 1
     verdict = made.verdict()
     assert verdict.passed and not verdict.lossy, [str(failure) for failure in verdict.failures]
+    assert set(verdict.cells.values()) <= {"ok", "0", "-"}
+    if kind == "gguf":
+        assert verdict.cells["codes"] == "0"
+        return
     counts = verdict.figures["counts"]
     assert all(count["differing"] == 0 for count in counts.values())
     if kind != "merged":
         assert counts["codes"]["compared"] == 2 * (64 * 64 * 2 + 64 * 32 * 2 + 64 * 128 * 3)
     assert bool(counts["zero points"]["compared"]) == (kind in ("peqa", "gptq", "gptq v2", "awq"))
-    assert set(verdict.cells.values()) <= {"ok", "0", "-"}
 
 
 # Files
@@ -292,6 +299,25 @@ def permute(order: Tensor) -> Tensor:
 def one_more(words: Tensor) -> Tensor:
     """A zero point of v1 where v2 has its own, in the first field of each word."""
     return words + 1
+
+
+def in_file(name: str, at: int) -> Callable[[Made], None]:
+    """Another byte in a tensor of a .gguf file."""
+
+    def change(made: Made) -> None:
+        found = next(it for it in GGUFReader(made.directory / "model.gguf", "r+").tensors if it.name == name)
+        found.data.view(np.uint8).reshape(-1)[at] ^= 1
+
+    return change
+
+
+def key_of_file(made: Made) -> None:
+    GGUFReader(made.directory / "model.gguf", "r+").fields["llama.attention.head_count_kv"].parts[-1][0] = 4
+
+
+def cut_file(made: Made) -> None:
+    path = made.directory / "model.gguf"
+    path.write_bytes(path.read_bytes()[:-4096])
 
 
 def ignore(*more: str) -> Callable[[Made], None]:
@@ -451,6 +477,12 @@ MUTANTS: dict[str, Mutant] = {
         [f"{UP}: 256 of 256 zero points differ"],
     ),
     "torchao: head": ("torchao", header(include_input_output_embeddings=True), "layout", ["include_input_output"]),
+    "gguf: byte of codes": ("gguf", in_file("blk.1.ffn_up.weight", 5), "codes", [f"{UP}.weight: 1 of 8,192 weights"]),
+    "gguf: byte of a scale": ("gguf", in_file("blk.1.ffn_up.weight", 0), "codes", [f"{UP}.weight: 32 of 8,192"]),
+    "gguf: norm": ("gguf", in_file("output_norm.weight", 9), "tensors", ["model.norm.weight: 1 of 64 numbers differ"]),
+    "gguf: embedding": ("gguf", in_file("token_embd.weight", 400), "tensors", ["embed_tokens.weight: 1 of 32,768"]),
+    "gguf: heads": ("gguf", key_of_file, "config", ["head_count_kv: '4' there, '2' in the run"]),
+    "gguf: cut": ("gguf", cut_file, "files", ["no whole GGUF file"]),
     "generation config": (
         "qat",
         lambda made: made.json("generation_config.json", lambda content: content.update(eos_token_id=7)),

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from qtrain.errors import QtrainError
+from qtrain.export.locations import ExportLocation
 from qtrain.export.verify.companions import config_problems, generation_problems, tokenizer_problems
 from qtrain.export.verify.compare import KINDS, compare, counted
 from qtrain.export.verify.files import file_problems
+from qtrain.export.verify.gguf import check_gguf
 from qtrain.export.verify.stored import READERS
 from qtrain.export.verify.verdict import Verdict
 from qtrain.export.writer import Progress
@@ -21,29 +21,34 @@ NONE = "-"
 LOSSY = "lossy"
 
 
+WHOLE = {"gguf": check_gguf}
+"""Formats that are no directory of safetensors with a config.json."""
+
+
 def check_export(
-    export_format: str,
-    directory: Path,
+    export: ExportLocation,
     deployed: DeployedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     progress: Progress | None = None,
 ) -> Verdict:
-    """Read all of ``directory`` and compare it with the model that it was written from.
+    """Read all of an export and compare it with the model that it was written from.
 
     Columns: files (whole, each tensor once, where the index says), names (of tensors, none missing or too many),
     layout (bits, groups, inputs, targets and ignore list of the header), codes, scales, zero points (how many differ:
     0 or a failure), tensors (all others, bit by bit), config, tokenizer.
     """
-    verdict = Verdict(export_format, directory)
-    if export_format not in READERS.names():
-        verdict.notes.append(f"{export_format} is not read back: its consumer alone is asked")
+    if export.format in WHOLE:
+        return WHOLE[export.format](export, deployed, tokenizer)
+    verdict = Verdict(export.format, export.directory)
+    if export.format not in READERS.names():
+        verdict.notes.append(f"{export.format} is not read back: its consumer alone is asked")
         return verdict
-    verdict.found("files", file_problems(directory))
+    verdict.found("files", file_problems(export.directory))
     _compare(verdict, deployed, progress)
-    problems = [*config_problems(directory, deployed.config, deployed.dtype)]
-    verdict.found("config", [*problems, *generation_problems(directory, deployed.generation_config)])
+    problems = [*config_problems(export.directory, deployed.config, deployed.dtype)]
+    verdict.found("config", [*problems, *generation_problems(export.directory, deployed.generation_config)])
     if tokenizer is not None:
-        verdict.found("tokenizer", tokenizer_problems(directory, tokenizer))
+        verdict.found("tokenizer", tokenizer_problems(export.directory, tokenizer))
     return verdict
 
 

@@ -62,7 +62,7 @@ def _index_problems(index: Path, held: dict[str, str], files: list[str]) -> Iter
 def digests(directory: Path) -> dict[str, str]:
     """SHA-256 of each file of weights."""
     found = {}
-    for path in sorted(directory.glob("*.safetensors")):
+    for path in sorted([*directory.glob("*.safetensors"), *directory.glob("*.gguf")]):
         with path.open("rb") as file:
             found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return found

@@ -9,6 +9,8 @@ from typing import Any
 
 from qtrain.errors import ExportError, QtrainError
 
+FAILED = "FAILED"
+
 
 @dataclass
 class Verdict:
@@ -41,7 +43,8 @@ class Verdict:
     def found(self, what: str, failures: Iterable[QtrainError], right: str = "ok") -> bool:
         """Note what came of looking at ``what``; whether it is right."""
         failures = list(failures)
-        self.cells[what] = "FAILED" if failures else right
+        failed = failures or self.cells.get(what) == FAILED
+        self.cells[what] = FAILED if failed else right
         self.failures += failures
         return not failures
 
