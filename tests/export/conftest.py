@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -48,3 +50,31 @@ def tiny_model() -> Callable[..., PreTrainedModel]:
         return LlamaForCausalLM(LlamaConfig(**{**shape, **keys})).to(dtype).eval()
 
     return build
+
+
+@pytest.fixture(scope="session")
+def qat_trained() -> Callable[..., Any]:
+    """Calibrated, and moved as training moves it: the method, the model, and its layers in codes by name."""
+    from qtrain.methods.method import build_method
+    from qtrain.methods.qat.config import QatOptions
+    from qtrain.modules.quant_linear import QuantLinear
+
+    def train(model: PreTrainedModel, options: dict[str, Any]) -> tuple[Any, PreTrainedModel, dict[str, QuantLinear]]:
+        method = build_method(QatOptions.model_validate({"name": "qat", **options}))
+        method.prepare(model, compute_dtype=torch.float32, device=torch.device("cpu"))
+        rows = [torch.randint(0, 500, (2, 32), generator=torch.Generator().manual_seed(1))]
+        method.calibrate(model, rows, nullcontext, lambda items, total: items)
+        torch.manual_seed(2)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    parameter.mul_(torch.empty_like(parameter).uniform_(0.9, 1.1))
+                    parameter.add_(torch.randn_like(parameter), alpha=0.01 if "lora" in name else 0.0)
+        layers = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, QuantLinear) and module.weight_quantizer is not None
+        }
+        return method, model.eval(), layers
+
+    return train
