@@ -49,8 +49,8 @@ FORMATS: Registry[type[ExportSection]] = Registry(
         "gptq": "qtrain.export.gptq.config:GptqOptions",
         "awq": "qtrain.export.awq.config:AwqOptions",
         "torchao": "qtrain.export.torchao.config:TorchaoOptions",
-        "adapter": "qtrain.export.adapter.config:AdapterOptions",
         "gguf": "qtrain.export.gguf.config:GgufOptions",
+        "adapter": "qtrain.export.adapter.config:AdapterOptions",
         "merged": "qtrain.export.merged.config:MergedOptions",
     },
 )
