@@ -43,7 +43,7 @@ def verify_run(config: Config, run: RunDirectory, exports: Sequence[ExportLocati
 
 def verdicts_json(verdicts: Sequence[Verdict]) -> dict[str, Any]:
     """The content of verify.json."""
-    return {"passed": all(it.passed for it in verdicts), "exports": {it.format: it.to_dict() for it in verdicts}}
+    return {"passed": all(it.passed for it in verdicts), "exports": [it.to_dict() for it in verdicts]}
 
 
 def check_written(reference: Reference, export: ExportLocation, deployed: DeployedModel) -> Verdict:

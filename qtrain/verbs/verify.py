@@ -33,6 +33,8 @@ def show(verdicts: list[Verdict]) -> None:
         for label, *cells in zip(["", *(LABELS[row] for row in rows)], *columns, strict=True)
     ]
     say(lines, title="verified against the run")
+    if len({it.format for it in verdicts}) < len(verdicts):
+        say("these lie in " + ", ".join(str(it.directory) for it in verdicts))
     for it in verdicts:
         for note in it.notes:
             say(f"{it.format}: {note}")

@@ -58,6 +58,7 @@ class Verdict:
     def to_dict(self) -> dict[str, Any]:
         """As verify.json holds it."""
         return {
+            "format": self.format,
             "directory": str(self.directory),
             "passed": self.passed,
             "lossy": self.lossy,
