@@ -50,6 +50,9 @@ def check_written(reference: Reference, export: ExportLocation, deployed: Deploy
     """What the files of an export say, without running it."""
     tokenizer = reference.module.tokenizer
     verdict = check_export(export, deployed, tokenizer, progress_over("verifying"))
+    rounded = not deployed.trained_codes and deployed.dtype != torch.float32
+    if rounded or export.facts.get("base") == "original":
+        verdict.as_trained = False
     if verdict.lossy and "sha256" in export.facts:
         verdict.found("files", changed_files(export.directory, export.facts["sha256"]))
     return verdict

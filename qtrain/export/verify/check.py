@@ -64,7 +64,7 @@ def _compare(verdict: Verdict, deployed: DeployedModel, progress: Progress | Non
         if verdict.passed:  # else it stumbled over the files that were told already
             verdict.found("layout", [error])
         return
-    verdict.lossy, verdict.same_inputs = bool(result.lossy), not result.other_inputs
+    verdict.lossy, verdict.as_trained = bool(result.lossy), not result.other_inputs
     verdict.found("names", result.names)
     verdict.found("layout", result.layout)
     for kind, count in result.counts.items():
@@ -76,7 +76,7 @@ def _compare(verdict: Verdict, deployed: DeployedModel, progress: Progress | Non
     if result.other_inputs:
         verdict.notes.append(
             f"inputs of {result.other_inputs} layers were quantized in training and are not, or by another rule, in "
-            "what runs it here: perplexity is shown and not judged"
+            "what runs it here: its perplexity is another one"
         )
     if result.lossy:
         verdict.notes.append(

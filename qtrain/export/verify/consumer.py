@@ -20,13 +20,13 @@ def judge_figures(verdict: Verdict, found: Mapping[str, Any], fp32: bool, record
     Args:
         found: ``qtrain.evaluation.drift.Drift``, as a dict.
         fp32: the consumer computes the same fp32 arithmetic.
-        recorded: the same, from when the export was written. A lossy one is compared with that, if the text was as
-            long; an exact one with the trained model.
+        recorded: the same, from when the export was written. What does not compute as the training did is compared
+            with that, if the text was as long; all else with the trained model.
     """
     before, after, top1 = found["reference_perplexity"], found["candidate_perplexity"], found["top1"]
     same_text = recorded.get("tokens") == found["tokens"]
     problems: dict[str, list[ExportError]] = {"perplexity": [], "top-1": []}
-    if verdict.lossy:
+    if verdict.lossy or not verdict.as_trained:
         if same_text:
             then = recorded["candidate_perplexity"]
             problems["perplexity"] += _apart(after, then, "when it was written", str(verdict.directory))
@@ -35,10 +35,10 @@ def judge_figures(verdict: Verdict, found: Mapping[str, Any], fp32: bool, record
                     ExportError(
                         f"the likeliest token is the same at {top1:.2%}, at {recorded['top1']:.2%} when it was written",
                         where=str(verdict.directory),
-                        rule="a lossy export stays what it was",
+                        rule="an export stays what it was",
                     )
                 )
-    elif verdict.same_inputs:
+    else:
         problems["perplexity"] += _apart(after, before, "of the trained model", str(verdict.directory))
         if fp32 and not top1 >= TOP1:
             problems["top-1"].append(
@@ -62,7 +62,7 @@ def judge_tokens(verdict: Verdict, found: Sequence[int], own: Sequence[int], fp3
         where=str(verdict.directory),
         rule="all are equal where both compute in fp32",
     )
-    judged = fp32 and not verdict.lossy and verdict.same_inputs
+    judged = fp32 and not verdict.lossy and verdict.as_trained
     verdict.found("greedy", [problem] if judged and not right else [], f"{same} of {len(own)}")
     verdict.figures |= {"greedy_equal": same, "greedy_tokens": len(own)}
 

@@ -19,7 +19,8 @@ class Verdict:
     Attributes:
         format: its name in ``export.format``.
         lossy: its codes are not the training's: a merged model was quantized when it was written.
-        same_inputs: a consumer quantizes the layers' inputs as the training did, or neither does.
+        as_trained: a consumer computes what the training graph does: it quantizes the same inputs, an adapter is merged
+            into the base that it was trained on, and no merged weight was rounded.
         cells: what was looked at, in the order of the table, and what was found in a word or a figure.
         failures: what must not be.
         notes: what is worth knowing.
@@ -29,7 +30,7 @@ class Verdict:
     format: str
     directory: Path
     lossy: bool = False
-    same_inputs: bool = True
+    as_trained: bool = True
     cells: dict[str, str] = field(default_factory=dict)
     failures: list[QtrainError] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
