@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from qtrain.errors import ConfigError
+from qtrain.export.sizes import parse_size
 from qtrain.numerics.spec import QuantSpec
 from qtrain.registry import Registry
 from qtrain.section import Section
@@ -32,7 +34,18 @@ class ExportSection(Section):
     evaluate: bool = Field(True, description="measure KL, top-1 agreement and perplexity against the trained model")
     evaluate_windows: int = Field(16, ge=1, description="held-out text for that: so many times data.max_length tokens")
     verify: bool = Field(True, description="read it back and compare it with the trained model, number by number")
-    max_shard_size: str = Field("1GB", description="largest file of weights; also bounds the memory of the export")
+    max_shard_size: str = Field(
+        "1GB", description="largest file of weights, 5GB at most; also bounds the memory of the export"
+    )
+
+    @field_validator("max_shard_size")
+    @classmethod
+    def _a_file_size(cls, text: str) -> str:
+        try:
+            parse_size(text)
+        except ConfigError as error:
+            raise ValueError(str(error.rule)) from None
+        return text
 
     def check_trained(self, layers: Iterable[TrainedLayer]) -> None:
         """Raise where layers that are trained on codes have no place in this format; before they are trained.

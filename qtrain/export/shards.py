@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -10,20 +9,8 @@ from types import TracebackType
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qtrain.errors import ConfigError, ExportError
+from qtrain.errors import ExportError
 from qtrain.files import write_json
-
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def parse_size(text: str) -> int:
-    """Bytes of ``1GB``, ``500 MB``, ``2GiB``."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if match is None or match[2].upper() not in UNITS or float(match[1]) <= 0:
-        raise ConfigError(
-            f"export.max_shard_size={text!r} is no size", rule="a number and B, KB, MB, GB, MiB or GiB", fix="1GB"
-        )
-    return int(float(match[1]) * UNITS[match[2].upper()])
 
 
 class ShardWriter:

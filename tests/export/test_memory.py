@@ -13,10 +13,15 @@ from transformers import PreTrainedModel
 
 from qtrain.export.compressed_tensors.config import CompressedTensorsOptions
 from qtrain.export.compressed_tensors.write import write as write_packed
+from qtrain.export.config import FORMATS as FORMATS_BY_NAME
 from qtrain.export.merged.config import MergedOptions
 from qtrain.export.merged.write import write as write_merged
 from qtrain.export.writer import Writer
+from qtrain.methods.method import build_method
+from qtrain.methods.peqa.config import PeqaOptions
 from qtrain.modules.deployed import DeployedModel, DeployedTensor
+from qtrain.modules.packed_linear import PackedLinear
+from qtrain.modules.record import LinearRecord
 from qtrain.registry import resolve
 
 FORMATS = [(write_packed, CompressedTensorsOptions), (write_merged, MergedOptions)]
@@ -57,6 +62,42 @@ def test_computed_weights_are_let_go(
     assert sum(sizes) > 5 * shard
     # What fills a file, the weight just computed, and the one before it until its name is bound anew.
     assert most <= shard + 2 * max(sizes)
+
+
+@pytest.mark.parametrize("name", ["compressed-tensors", "gptq", "merged"])
+def test_a_packed_base_is_unpacked_a_layer_at_a_time(
+    tmp_path: Path, tiny_model: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    method = build_method(
+        PeqaOptions.model_validate({"name": "peqa", "init": "rtn", "weight": {"format": "int4", "group_size": 32}})
+    )
+    model = method.prepare(tiny_model(num_hidden_layers=6), compute_dtype=torch.float32, device=torch.device("cpu"))
+    deployed = method.deployed(model, dtype=torch.float32)
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+
+    def counted(made: torch.Tensor) -> torch.Tensor:
+        nonlocal most
+        alive.append(weakref.ref(made))
+        most = max(most, sum(t.numel() * t.element_size() for ref in alive if (t := ref()) is not None))
+        return made
+
+    record, dense = PackedLinear.record, PackedLinear.dense_weight
+
+    def counted_record(self: PackedLinear) -> LinearRecord:
+        made = record(self)
+        counted(made.codes)
+        return made
+
+    monkeypatch.setattr(PackedLinear, "record", counted_record)
+    monkeypatch.setattr(PackedLinear, "dense_weight", lambda self, *given: counted(dense(self, *given)))
+    options = FORMATS_BY_NAME.get(name).model_validate({"format": name, "max_shard_size": "40KB"})
+    resolve(options.implementation)(deployed, options, tmp_path / "out", tokenizer=None, facts={})
+    layers = [tensor for tensor in deployed.tensors() if tensor.record is not None]
+    largest = max(torch.Size(tensor.shape).numel() for tensor in layers) * (4 if name == "merged" else 1)
+    assert len(alive) >= len(layers) == 42
+    # What fills a file, unpacked where it is to stay so; the layer at hand, and the one before it.
+    assert most <= 2 * largest + (40_000 if name == "merged" else 0)
 
 
 @pytest.mark.parametrize(("write", "options"), FORMATS)

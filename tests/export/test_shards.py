@@ -11,17 +11,19 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from qtrain.errors import ConfigError
-from qtrain.export.shards import ShardWriter, parse_size
+from qtrain.export.shards import ShardWriter
+from qtrain.export.sizes import parse_size
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("1GB", 10**9), ("500 MB", 5 * 10**8), ("2GiB", 2**31), ("1.5kb", 1500), ("7", 7)]
+    ("text", "size"),
+    [("1GB", 10**9), ("500 MB", 5 * 10**8), ("2GiB", 2**31), ("1.5kb", 1500), ("7", 7), ("5GB", 5 * 10**9)],
 )
 def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "big", "1XB", "0GB", "-1GB"])
+@pytest.mark.parametrize("text", ["", "big", "1XB", "0GB", "-1GB", "5GiB"])
 def test_no_sizes(text: str) -> None:
     with pytest.raises(ConfigError, match="max_shard_size"):
         parse_size(text)

@@ -16,7 +16,8 @@ from qtrain.export.companions import write_companions
 from qtrain.export.integers.config import IntegerOptions
 from qtrain.export.integers.plan import Plan, module_name
 from qtrain.export.integers.records import records
-from qtrain.export.shards import ShardWriter, parse_size
+from qtrain.export.shards import ShardWriter
+from qtrain.export.sizes import parse_size
 from qtrain.export.writer import Progress
 from qtrain.files import atomic_directory, write_json
 from qtrain.modules.deployed import DeployedModel

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from qtrain.export.card import write_card
 from qtrain.export.companions import write_companions
 from qtrain.export.merged.config import MergedOptions
-from qtrain.export.shards import ShardWriter, parse_size
+from qtrain.export.shards import ShardWriter
+from qtrain.export.sizes import parse_size
 from qtrain.export.writer import Progress
 from qtrain.files import atomic_directory
 from qtrain.modules.deployed import DeployedModel

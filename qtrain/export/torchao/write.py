@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from qtrain.errors import ExportError
 from qtrain.export.card import write_card
 from qtrain.export.companions import write_companions
-from qtrain.export.shards import ShardWriter, parse_size
+from qtrain.export.shards import ShardWriter
+from qtrain.export.sizes import parse_size
 from qtrain.export.torchao.config import TorchaoOptions
 from qtrain.export.torchao.layer import description, quantization_config, tensors_of
 from qtrain.export.torchao.trained import check_layers
