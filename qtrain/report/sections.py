@@ -37,6 +37,7 @@ EXPORT_COLUMNS = [
     "same top token",
     "size",
     "bits a weight",
+    "verified",
 ]
 
 
@@ -164,7 +165,7 @@ def _export(name: str, facts: dict[str, Any]) -> Export:
     before, after = facts.get("reference_perplexity"), facts.get("candidate_perplexity")
     change = f"{after / before - 1:+.1%}".replace("-", "−") if before and after is not None else "–"
     bits = facts.get("bits_per_weight", facts.get("bits_per_quantized_weight"))
-    top1 = facts.get("top1")
+    top1, verified = facts.get("top1"), facts.get("verified")
     cells = [
         name,
         readable(before),
@@ -174,6 +175,7 @@ def _export(name: str, facts: dict[str, Any]) -> Export:
         "–" if top1 is None else f"{top1:.1%}",
         "–" if facts.get("bytes") is None else size(facts["bytes"]),
         readable(bits),
+        "–" if verified is None else "yes" if verified["passed"] else "no",
     ]
     notes = [str(note) for key in ("notes", "fallbacks") for note in facts.get(key) or []]
     return Export(cells, notes)

@@ -427,6 +427,13 @@ MUTANTS: dict[str, Mutant] = {
         "layout",
         ["quantization_status='frozen'"],
     ),
+    "quantized cache": (
+        "qat",
+        lambda made: made.header(lambda header: header.update(kv_cache_scheme={"num_bits": 8})),
+        "layout",
+        ["quantization_config.kv_cache_scheme={'num_bits': 8}"],
+    ),
+    "no scale of its own": ("qat", weights(strategy="channel", group_size=None), "layout", ["weight_scale of shape"]),
     "method": (
         "qat",
         lambda made: made.header(lambda header: header.update(quant_method="gptq")),

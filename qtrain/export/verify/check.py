@@ -8,7 +8,8 @@ from transformers import PreTrainedTokenizerBase
 from qtrain.errors import QtrainError
 from qtrain.export.locations import ExportLocation
 from qtrain.export.verify.companions import config_problems, generation_problems, tokenizer_problems
-from qtrain.export.verify.compare import KINDS, compare, counted
+from qtrain.export.verify.compare import compare
+from qtrain.export.verify.count import KINDS, counted
 from qtrain.export.verify.files import file_problems
 from qtrain.export.verify.gguf import check_gguf
 from qtrain.export.verify.stored import READERS

@@ -16,7 +16,7 @@ from qtrain.models.quantized.layer import QuantizedLayer
 
 def read(directory: Path, linears: Mapping[str, nn.Linear]) -> Stored:
     """Words, bytes or fp8, by ``qtrain.models.quantized.compressed_tensors``."""
-    header_is = {"quantization_status": "compressed"}
+    header_is = {"quantization_status": "compressed", "kv_cache_scheme": None}
     return read_quantized("compressed-tensors", directory, linears, claims=_claims, parts=_parts, header_is=header_is)
 
 
