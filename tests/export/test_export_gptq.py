@@ -86,6 +86,8 @@ def test_no_code_and_no_scale_is_another_one(tmp_path: Path, tiny_model: Build, 
     result = write(deployed, GptqOptions(), tmp_path / "out", tokenizer=None, facts={})
     assert result["layout"] == layout and result["scales"] == "as trained"
     assert [note in its for its in result["notes"]] == ([] if note is None else [True])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ("vllm serve" in card) == (note != NO_VLLM) and "# needs: pip install gptqmodel optimum" in card
     records = read_quantized(tmp_path / "out").records
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert records.keys() == layers.keys() and len(records) == (13 if name == "mixed" else 14)

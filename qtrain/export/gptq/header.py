@@ -37,15 +37,21 @@ def quantization_config(plan: Plan, version: int) -> dict[str, Any]:
     return header
 
 
+def runs_in_vllm(plan: Plan) -> bool:
+    """Whether vLLM has a kernel for each layer's codes (its 0.32)."""
+    return all(
+        spec.symmetric and spec.bits in (4, 8) and spec.group_size in VLLM_GROUP_SIZES for spec in plan.specs.values()
+    )
+
+
 def kernel_notes(plan: Plan) -> Iterator[str]:
     """Consumers that have no kernel for such codes, a sentence each."""
-    kinds = {(spec.bits, spec.group_size, spec.symmetric) for spec in plan.specs.values()}
-    if any(bits not in (4, 8) or not symmetric or size not in VLLM_GROUP_SIZES for bits, size, symmetric in kinds):
+    if not runs_in_vllm(plan):
         yield (
             "vLLM runs GPTQ codes that are symmetric, of 4 or 8 bits, a scale a row or groups of 32, 64 or 128; these "
             "run in transformers and GPTQModel"
         )
-    if len(kinds) > 1:
+    if len({tuple(_options(spec).items()) for spec in plan.specs.values()}) > 1:
         yield (
             "layers differ in bits or group size: GPTQModel and vLLM read that under `dynamic`, transformers' loader "
             "takes one layout for all layers"

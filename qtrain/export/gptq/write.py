@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qtrain.errors import ExportError
 from qtrain.export.gptq.config import PLACE, GptqOptions
-from qtrain.export.gptq.header import kernel_notes, quantization_config
+from qtrain.export.gptq.header import kernel_notes, quantization_config, runs_in_vllm
 from qtrain.export.gptq.layer import gptq_tensors
 from qtrain.export.integers.plan import Plan, plan_model
 from qtrain.export.integers.write import Layout, write_integers
@@ -48,6 +48,7 @@ def write(
         header,
         files=("quantize_config.json",),
         notes=tuple(kernel_notes(plan)),
+        vllm=runs_in_vllm(plan),
     )
     return write_integers(
         model,

@@ -37,6 +37,7 @@ class Layout:
         header: ``quantization_config`` of config.json.
         files: others that repeat the header, by name.
         notes: what who runs the checkpoint must know and cannot read from it.
+        vllm: it has a kernel for each layer.
     """
 
     format: str
@@ -45,6 +46,7 @@ class Layout:
     header: dict[str, Any]
     files: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    vllm: bool = True
 
 
 def write_integers(
@@ -101,6 +103,7 @@ def write_integers(
             "scales": "as trained" if plan.trained else options.scales,
             "rounding": "as trained" if plan.trained else options.rounding if calibration else "nearest",
             "calibration_tokens": sum(ids.numel() for ids in calibration.rows) if calibration else 0,
+            "vllm": layout.vllm,
             "dtype": str(model.dtype).removeprefix("torch."),
             "notes": [*plan.notes(), *layout.notes, *model.notes, *unweighed],
             "seconds": round(time.monotonic() - begin, 1),
