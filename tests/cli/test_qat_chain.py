@@ -162,15 +162,15 @@ def test_what_cannot_be_exported_is_said_before_the_training(
     folder: Path, tiny_llama_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [f"model.path={tiny_llama_dir}", f"data.train={folder / 'train.jsonl'}", f"run.dir={folder / 'none'}"]
-    assert main(["fit", *words, "method.name=qat", "method.weight.format=int3"]) == 2
+    assert main(["fit", *words, "method.name=qat", "method.weight.format=int5"]) == 2
     message = capsys.readouterr().err
-    assert "export.format=merged" in message and "method.weight.format=int4" in message
+    assert "export.format=merged" in message and "method.weight.format=int8" in message
     assert not (folder / "none").exists()
 
 
 def test_an_export_into_another_base_is_refused(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
     run = fit("qat_llama")
     assert main(["export", f"run.dir={run}", "export.format=merged", "export.base=original"]) == 2
-    assert "method.name=qat trains the weights" in capsys.readouterr().err
+    assert "merges an adapter, and method.name=qat has none" in capsys.readouterr().err
     assert main(["export", f"run.dir={run}", "export.format=adapter"]) == 2
     assert "method.name=qat has none" in capsys.readouterr().err

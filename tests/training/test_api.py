@@ -30,7 +30,7 @@ def test_there_is_nothing_else() -> None:
 
 
 def test_the_tables_name_what_exists() -> None:
-    assert qtrain.METHODS.names() == ["qlora", "qat"]
+    assert qtrain.METHODS.names() == ["qlora", "qat", "peqa", "ptq"]
     assert {"compressed-tensors", "adapter", "merged"} <= set(qtrain.EXPORT_FORMATS.names())
 
 
