@@ -16,7 +16,7 @@ $(DEV): $(STAMP)
 	$(PIP) -c constraints.txt -e ".[dev]"
 	touch $@
 
-.PHONY: install demo test check coverage test-slow test-gpu test-peer clean
+.PHONY: install demo test check explore coverage test-slow test-gpu test-peer clean
 install: $(DEV)
 
 MODEL := $(VENV)/.model
@@ -31,6 +31,9 @@ demo: $(MODEL)
 
 test: $(DEV)
 	$(BIN)/python -m pytest
+
+explore: $(DEV)
+	HYPOTHESIS_PROFILE=explore $(BIN)/python -m pytest
 
 check: $(DEV)
 	$(BIN)/ruff check .

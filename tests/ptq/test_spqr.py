@@ -30,22 +30,21 @@ def exact_error(numbers: torch.Tensor, weight: torch.Tensor, hessian: torch.Tens
     return ((difference @ hessian.double()) * difference).sum(1)
 
 
-@settings(max_examples=25, deadline=None)
-@given(
-    seed=st.integers(0, 999),
-    bits=st.integers(2, 4),
-    symmetric=st.booleans(),
-    size=st.sampled_from([8, 16, 32]),
-    rank=st.integers(8, 80),
-)
-def test_on_heavy_tails_it_errs_less_than_gptq(seed: int, bits: int, symmetric: bool, size: int, rank: int) -> None:
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("size", [8, 32])
+def test_on_heavy_tails_it_errs_less_than_gptq(bits: int, symmetric: bool, size: int) -> None:
+    """Over layers, not in each: with 9 directions of 64 and zero points GPTQ alone may err less (1 of some 500)."""
     spec = QuantSpec(format=f"int{bits}", group_size=size, symmetric=symmetric)
-    weight, hessian = heavy_layer(seed, 16, 64, rank)
-    inputs = Inputs(hessian=hessian)
-    sparse = Spqr(SpqrSection(outliers=0.02)).quantize(weight, spec, inputs)
-    dense = Gptq(GptqSection()).quantize(weight, spec, inputs)
-    own, other = (float(exact_error(record.dequantize(), weight, hessian).sum()) for record in (sparse, dense))
-    assert own < other
+    ratios = []
+    for seed in range(6):
+        weight, hessian = heavy_layer(seed, 16, 64, (12, 40, 80)[seed % 3])
+        inputs = Inputs(hessian=hessian)
+        sparse = Spqr(SpqrSection(outliers=0.02)).quantize(weight, spec, inputs)
+        dense = Gptq(GptqSection()).quantize(weight, spec, inputs)
+        own, other = (float(exact_error(record.dequantize(), weight, hessian).sum()) for record in (sparse, dense))
+        ratios.append(own / other)
+    assert sum(ratios) / len(ratios) < 0.9, ratios
 
 
 @pytest.mark.parametrize("scale_dtype", ["bf16", "fp16"])
