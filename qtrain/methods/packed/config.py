@@ -12,18 +12,9 @@ from qtrain.methods.config import KEPT, MethodSection
 from qtrain.modules.config import QuantizerSection, WeightSection
 from qtrain.modules.layer_options import section_of
 from qtrain.numerics.spec import QuantSpec
-from qtrain.ptq.config import (
-    STARTS,
-    AwqSection,
-    BlockApSection,
-    GptqSection,
-    HqqSection,
-    SmoothQuantSection,
-    SpqrSection,
-    StartSection,
-)
+from qtrain.ptq.config import STARTS, BlockApSection, SpqrSection, StartSection
+from qtrain.ptq.keys import StartKeys
 from qtrain.registry import did_you_mean
-from qtrain.section import Section
 
 INITS = (*STARTS, KEPT)
 """Starting points by name; checkpoint: the codes that model.path holds already."""
@@ -31,7 +22,7 @@ UNUSED = ("range", "calibrate", "bounds", "pact_alpha", "convention")
 """Keys of a quantizer that packed weights have no use for: what chooses their ranges is method.init."""
 
 
-class PackedKeys(Section):
+class PackedKeys(StartKeys):
     """Which linear layers lie in packed integers, and what chooses those."""
 
     place: ClassVar[str] = "method"
@@ -50,20 +41,13 @@ class PackedKeys(Section):
     calibration_rows: int = Field(
         128, ge=1, description="rows of training text that starting points look at, where they look at text"
     )
-    hqq: HqqSection = Field(default_factory=HqqSection, description="options of init=hqq")
-    awq: AwqSection = Field(default_factory=AwqSection, description="options of init=awq")
-    gptq: GptqSection = Field(default_factory=GptqSection, description="options of init=gptq")
-    smoothquant: SmoothQuantSection = Field(
-        default_factory=SmoothQuantSection, description="options of init=smoothquant"
-    )
     spqr: SpqrSection = Field(default_factory=SpqrSection, description="options of init=spqr")
     block_ap: BlockApSection = Field(default_factory=BlockApSection, description="options of init=block_ap")
 
     @property
     def start(self) -> StartSection:
         """The chosen starting point with its options."""
-        found: StartSection = getattr(self, self.init, None) or STARTS[self.init]()
-        return found
+        return self.start_options(self.init)
 
     @property
     def general_activation(self) -> QuantizerSection | None:
