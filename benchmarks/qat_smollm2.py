@@ -81,7 +81,7 @@ def other_text(directory: Path, text: str) -> dict[str, float]:
     from qtrain.training.run_directory import RunDirectory
     from qtrain.training.trained import best_device
 
-    config = load_recipe(directory / "config.yaml", f"data.validation={text}", "distill.loss=none")
+    config = load_recipe(directory / "config.yaml", f"data.validation={text}", "distill.loss=none", "method.init=null")
     module = LanguageModule(config)
     data = LanguageData(config.data, module.tokenizer)
     data.setup("validate")
