@@ -36,20 +36,25 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
     try:
         yield temporary
-        temporary.chmod(0o777 & ~_umask())
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                file.chmod(0o666 & ~_umask())  # some libraries write files that only the owner reads
-                _sync(file)
-        # A directory cannot replace a filled one in a single step: the old one steps aside first.
-        aside = path.with_name(f".{path.name}.old")
-        shutil.rmtree(aside, ignore_errors=True)
-        if path.exists():
-            os.replace(path, aside)
-        os.replace(temporary, path)
-        shutil.rmtree(aside, ignore_errors=True)
+        replace_directory(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_directory(finished: Path, path: Path) -> None:
+    """Put a finished directory in the place of ``path``, its files safe on the disk and readable as the umask says."""
+    finished.chmod(0o777 & ~_umask())
+    for file in finished.rglob("*"):
+        if file.is_file():
+            file.chmod(0o666 & ~_umask())  # some libraries write files that only the owner reads
+            _sync(file)
+    # A directory cannot replace a filled one in a single step: the old one steps aside first.
+    aside = path.with_name(f".{path.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    if path.exists():
+        os.replace(path, aside)
+    os.replace(finished, path)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -19,7 +19,9 @@ class Writer(Protocol):
 
     Called with the model, the format's options and the directory; and by name ``tokenizer``; ``facts`` of the training
     for the model card (``qtrain.export.card``); ``calibration``, the live model and text, for formats that ask for it;
-    ``progress``, which wraps the loop over tensors, given their number. Returns the facts for export.json.
+    ``progress``, which wraps the loop over tensors, given their number; ``resume``, a key of all that decides what is
+    written, with which an interrupted call is gone on with (``qtrain.export.partial``). Returns the facts for
+    export.json.
     """
 
     def __call__(
@@ -32,4 +34,5 @@ class Writer(Protocol):
         facts: Mapping[str, Any],
         calibration: Calibration | None = None,
         progress: Progress | None = None,
+        resume: str | None = None,
     ) -> dict[str, Any]: ...

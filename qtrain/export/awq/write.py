@@ -27,6 +27,7 @@ def write(
     facts: Mapping[str, Any],
     calibration: Calibration | None = None,
     progress: Progress | None = None,
+    resume: str | None = None,
 ) -> dict[str, Any]:
     """Write ``directory`` and return what was done, for export.json (arguments: ``qtrain.export.writer``).
 
@@ -46,6 +47,7 @@ def write(
         facts=facts,
         calibration=calibration,
         progress=progress,
+        resume=resume,
     )
 
 

@@ -50,6 +50,7 @@ def write(
     facts: Mapping[str, Any],
     calibration: Calibration | None = None,
     progress: Progress | None = None,
+    resume: str | None = None,
 ) -> dict[str, Any]:
     """Write ``directory``/model.gguf and return what was done, for export.json (arguments: ``qtrain.export.writer``).
 

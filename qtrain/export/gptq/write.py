@@ -29,6 +29,7 @@ def write(
     facts: Mapping[str, Any],
     calibration: Calibration | None = None,
     progress: Progress | None = None,
+    resume: str | None = None,
 ) -> dict[str, Any]:
     """Write ``directory`` and return what was done, for export.json (arguments: ``qtrain.export.writer``).
 
@@ -60,6 +61,7 @@ def write(
         facts=facts,
         calibration=calibration,
         progress=progress,
+        resume=resume,
     )
 
 

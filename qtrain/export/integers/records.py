@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from itertools import repeat
 
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from qtrain.errors import ExportError, ModelError
 from qtrain.export.integers.config import IntegerOptions
 from qtrain.export.integers.plan import Plan, module_name
+from qtrain.export.writer import Progress
 from qtrain.modules.deployed import DeployedTensor
 from qtrain.modules.record import LinearRecord
 from qtrain.numerics.affine import choose_qparams, quantize
@@ -20,18 +21,23 @@ from qtrain.ptq.gptq import gptq_codes
 
 
 def records(
-    plan: Plan, options: IntegerOptions, calibration: Calibration | None, tensors: Iterable[DeployedTensor]
+    plan: Plan,
+    options: IntegerOptions,
+    calibration: Calibration | None,
+    tensors: Sequence[DeployedTensor],
+    progress: Progress | None = None,
 ) -> Iterator[tuple[DeployedTensor, LinearRecord | None]]:
-    """Every tensor of the plan with its record, None for those that stay as they are; one layer is held at a time.
+    """Each tensor with its record, None for those that stay as they are; one layer is held at a time.
 
     Args:
-        tensors: the plan's, perhaps with a progress bar around them.
+        tensors: the plan's, or those that are left of them.
 
     Raises:
         ExportError: a weight that is not finite, or weights beside the codes.
     """
-    moments = iter(()) if plan.trained else _input_moments(plan, options, calibration)
-    for tensor in tensors:
+    chosen = [name for tensor in tensors if (name := module_name(tensor.name)) in plan.specs and not plan.trained]
+    moments = _input_moments(chosen, options, calibration)
+    for tensor in progress(tensors, len(tensors)) if progress else tensors:
         spec = plan.specs.get(module_name(tensor.name))
         if spec is None:
             yield tensor, None
@@ -82,11 +88,11 @@ def _trained(name: str, record: LinearRecord) -> LinearRecord:
 
 
 def _input_moments(
-    plan: Plan, options: IntegerOptions, calibration: Calibration | None
+    names: Sequence[str], options: IntegerOptions, calibration: Calibration | None
 ) -> Iterator[tuple[str, Tensor | None]]:
-    """Each layer with what its quantization wants to know of its inputs, in the order of the plan."""
-    if calibration is not None and options.rounding == "gptq":
-        return calibration.hessians(list(plan.specs))
-    if calibration is not None and options.scales == "mse":
-        return iter(calibration.second_moments(plan.specs).items())
-    return zip(plan.specs, repeat(None))
+    """Each layer with what its quantization wants to know of its inputs, in this order."""
+    if calibration is not None and names and options.rounding == "gptq":
+        return calibration.hessians(names)
+    if calibration is not None and names and options.scales == "mse":
+        return iter(calibration.second_moments(names).items())
+    return zip(names, repeat(None))

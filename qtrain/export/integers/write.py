@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -16,10 +17,11 @@ from qtrain.export.companions import write_companions
 from qtrain.export.integers.config import IntegerOptions
 from qtrain.export.integers.plan import Plan, module_name
 from qtrain.export.integers.records import records
+from qtrain.export.partial import partial_export
 from qtrain.export.shards import ShardWriter
 from qtrain.export.sizes import parse_size
 from qtrain.export.writer import Progress
-from qtrain.files import atomic_directory, write_json
+from qtrain.files import write_json
 from qtrain.modules.deployed import DeployedModel
 from qtrain.modules.record import LinearRecord
 from qtrain.numerics.spec import QuantSpec
@@ -60,6 +62,7 @@ def write_integers(
     facts: Mapping[str, Any],
     calibration: Calibration | None = None,
     progress: Progress | None = None,
+    resume: str | None = None,
 ) -> dict[str, Any]:
     """Write ``directory`` and return what was done, for export.json (arguments: ``qtrain.export.writer``).
 
@@ -70,19 +73,19 @@ def write_integers(
         ExportError: a weight that is not finite, or that the layout has no place for.
     """
     begin = time.monotonic()
-    quantized_bytes = quantized_weights = 0
-    tensors = progress(plan.tensors, len(plan.tensors)) if progress else plan.tensors
-    with atomic_directory(directory) as temporary:
-        with ShardWriter(temporary, parse_size(options.max_shard_size)) as shards:
-            for tensor, record in records(plan, options, calibration, tensors):
+    layers = plan.layers().values()
+    plain = [tensor.name for tensor in plan.tensors if module_name(tensor.name) not in plan.specs]
+    with partial_export(directory, resume) as export:
+        with ShardWriter(export.files, parse_size(options.max_shard_size), journal=export.journal) as shards:
+            left = [tensor for tensor in plan.tensors if not shards.holds(tensor.name)]
+            for tensor, record in records(plan, options, calibration, left, progress):
                 if record is None:
                     shards.add(tensor.name, tensor.value().to(model.dtype))
                     continue
-                name, before = module_name(tensor.name), shards.total_bytes
-                for key, value in layout.tensors(name, record).items():
-                    shards.add(f"{name}.{key}", value)
-                quantized_bytes += shards.total_bytes - before
-                quantized_weights += record.codes.numel()
+                name = module_name(tensor.name)
+                tensors = layout.tensors(name, record)
+                shards.add_all(tensor.name, {f"{name}.{key}": value for key, value in tensors.items()})
+        temporary = export.files
         write_companions(model, temporary, tokenizer, layout.header)
         for name in layout.files:
             write_json(temporary / name, layout.header)
@@ -94,7 +97,9 @@ def write_integers(
             "zero_points": any(not spec.symmetric for spec in plan.specs.values()),
             "number": "fp" if any(spec.is_float for spec in plan.specs.values()) else "int",
             "inputs": plan.activation and _inputs(plan.activation),
-            "bits_per_quantized_weight": round(8 * quantized_bytes / quantized_weights, 4),
+            "bits_per_quantized_weight": round(
+                8 * shards.bytes_of(plain) / sum(torch.Size(layer.shape).numel() for layer in layers), 4
+            ),
             "bytes": shards.total_bytes,
             "quantized_layers": len(plan.specs),
             "group_sizes": plan.group_sizes(),

@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from qtrain.export.card import write_card
 from qtrain.export.companions import write_companions
 from qtrain.export.merged.config import MergedOptions
+from qtrain.export.partial import partial_export
 from qtrain.export.shards import ShardWriter
 from qtrain.export.sizes import parse_size
 from qtrain.export.writer import Progress
-from qtrain.files import atomic_directory
 from qtrain.modules.deployed import DeployedModel
 from qtrain.ptq.activation_stats import Calibration
 
@@ -29,6 +29,7 @@ def write(
     facts: Mapping[str, Any],
     calibration: Calibration | None = None,
     progress: Progress | None = None,
+    resume: str | None = None,
 ) -> dict[str, Any]:
     """Write ``directory`` and return what was done, for export.json.
 
@@ -39,11 +40,12 @@ def write(
     """
     begin = time.monotonic()
     tensors = list(model.tensors())
-    with atomic_directory(directory) as temporary:
-        with ShardWriter(temporary, parse_size(options.max_shard_size)) as shards:
-            for tensor in progress(tensors, len(tensors)) if progress else tensors:
+    with partial_export(directory, resume) as export:
+        with ShardWriter(export.files, parse_size(options.max_shard_size), journal=export.journal) as shards:
+            left = [tensor for tensor in tensors if not shards.holds(tensor.name)]
+            for tensor in progress(left, len(left)) if progress else left:
                 shards.add(tensor.name, tensor.value().to(model.dtype))
-        write_companions(model, temporary, tokenizer)
+        write_companions(model, export.files, tokenizer)
         result: dict[str, Any] = {
             "format": "merged",
             "base": "trained" if model.trained_codes else options.base,
@@ -52,5 +54,5 @@ def write(
             "dtype": str(model.dtype).removeprefix("torch."),
             "seconds": round(time.monotonic() - begin, 1),
         }
-        write_card(temporary, facts, result)
+        write_card(export.files, facts, result)
     return result

@@ -10,18 +10,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from qtrain.errors import ExportError
 from qtrain.export.card import write_card
 from qtrain.export.companions import write_companions
+from qtrain.export.partial import partial_export
 from qtrain.export.shards import ShardWriter
 from qtrain.export.sizes import parse_size
 from qtrain.export.torchao.config import TorchaoOptions
 from qtrain.export.torchao.layer import description, quantization_config, tensors_of
 from qtrain.export.torchao.trained import check_layers
 from qtrain.export.writer import Progress
-from qtrain.files import atomic_directory
 from qtrain.modules.deployed import DeployedModel, DeployedTensor
 from qtrain.ptq.activation_stats import Calibration
 
@@ -35,6 +36,7 @@ def write(
     facts: Mapping[str, Any],
     calibration: Calibration | None = None,
     progress: Progress | None = None,
+    resume: str | None = None,
 ) -> dict[str, Any]:
     """Write ``directory`` and return what was done, for export.json (arguments: ``qtrain.export.writer``).
 
@@ -52,7 +54,6 @@ def write(
     check_layers((name, tensor.spec, tensor.activation) for name, tensor in linears.items())
     coded = {name: tensor for name, tensor in linears.items() if tensor.spec is not None}
     described = {tensor.name: _described(tensor, model) for tensor in coded.values()}
-    quantized_bytes = quantized_weights = 0
 
     def metadata(names: Sequence[str]) -> dict[str, str]:
         """Of one file: its own tensors; and the names of all, for readers keep only one file's list of them."""
@@ -60,26 +61,27 @@ def write(
         every = json.dumps([tensor.name for tensor in tensors])
         return {**{name: described.get(name, json.dumps({"_type": "Tensor"})) for name in own}, "tensor_names": every}
 
-    with atomic_directory(directory) as temporary:
-        with ShardWriter(temporary, parse_size(options.max_shard_size), metadata) as shards:
-            for tensor in progress(tensors, len(tensors)) if progress else tensors:
+    with partial_export(directory, resume) as export:
+        size = parse_size(options.max_shard_size)
+        with ShardWriter(export.files, size, metadata, journal=export.journal) as shards:
+            left = [tensor for tensor in tensors if not shards.holds(tensor.name)]
+            for tensor in progress(left, len(left)) if progress else left:
                 name = tensor.name.removesuffix(".weight")
                 if name not in coded or tensor.record is None:
                     shards.add(tensor.name, tensor.value().to(model.dtype))
-                    continue
-                before, record = shards.total_bytes, tensor.record()
-                shards.add_together(tensors_of(name, record, model.dtype))
-                quantized_bytes += shards.total_bytes - before
-                quantized_weights += record.codes.numel()
+                else:
+                    shards.add_all(tensor.name, tensors_of(name, tensor.record(), model.dtype), together=True)
+        plain = [tensor.name for tensor in tensors if tensor.name not in described]
+        weights = sum(torch.Size(tensor.shape).numel() for tensor in coded.values())
         (spec, activation), _ = Counter((tensor.spec, tensor.activation) for tensor in coded.values()).most_common()[0]
         assert spec is not None
-        write_companions(model, temporary, tokenizer, quantization_config(spec, activation))
+        write_companions(model, export.files, tokenizer, quantization_config(spec, activation))
         result = {
             "format": "torchao",
             "bits": max(tensor.spec.bits for tensor in coded.values() if tensor.spec is not None),
             "zero_points": any(tensor.spec is not None and not tensor.spec.symmetric for tensor in coded.values()),
             "inputs": activation and f"int{activation.bits}, one scale a token",
-            "bits_per_quantized_weight": round(8 * quantized_bytes / quantized_weights, 4),
+            "bits_per_quantized_weight": round(8 * shards.bytes_of(plain) / weights, 4),
             "bytes": shards.total_bytes,
             "quantized_layers": len(coded),
             "group_sizes": dict(Counter(str(t.spec.group_size or "row") for t in coded.values() if t.spec is not None)),
@@ -90,7 +92,7 @@ def write(
             "notes": ["a byte a code, whatever its bits: ExecuTorch packs them when it lowers a model", *model.notes],
             "seconds": round(time.monotonic() - begin, 1),
         }
-        write_card(temporary, facts, result)
+        write_card(export.files, facts, result)
     return result
 
 
