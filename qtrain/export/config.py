@@ -63,6 +63,7 @@ FORMATS: Registry[type[ExportSection]] = Registry(
         "awq": "qtrain.export.awq.config:AwqOptions",
         "torchao": "qtrain.export.torchao.config:TorchaoOptions",
         "gguf": "qtrain.export.gguf.config:GgufOptions",
+        "bitsandbytes": "qtrain.export.bitsandbytes.config:BitsAndBytesOptions",
         "adapter": "qtrain.export.adapter.config:AdapterOptions",
         "merged": "qtrain.export.merged.config:MergedOptions",
     },

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from qtrain.export.bitsandbytes.load import load_beside
 from qtrain.models.config import ModelSection
 from qtrain.models.load import load_model
 from qtrain.models.packed import load_packed
@@ -48,6 +49,7 @@ CONSUMERS = {
     ),
     "awq": Consumer("transformers with GPTQModel", ("gptqmodel",), "pip install gptqmodel", fp32=False),
     "torchao": Consumer("transformers with torchao", ("torchao",), "pip install torchao"),
+    "bitsandbytes": Consumer("transformers with bitsandbytes and PEFT"),
 }
 """Formats that transformers does not read alone, or that what we depend on does not."""
 OWN = Consumer("qtrain")
@@ -79,6 +81,9 @@ def load_export(
         ModelError: it cannot be loaded.
     """
     consumer = CONSUMERS.get(export_format, Consumer())
+    if export_format == "bitsandbytes":
+        model, note = load_beside(directory, dtype, device=device)
+        return Loaded(model, consumer, note)
     note = _obstacle(export_format, directory, consumer)
     if note is None:
         # GPTQModel greets and reports on standard output, which is for results.

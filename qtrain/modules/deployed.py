@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from peft import PeftModel
 from transformers import GenerationConfig, PretrainedConfig
 
 from qtrain.modules.record import LinearRecord
@@ -48,6 +49,7 @@ class DeployedModel:
         dtype: of the tensors that stay unquantized.
         trained_codes: formats write the codes of the training, or refuse; they quantize nothing themselves.
         notes: what who runs the checkpoint must know and cannot read from it.
+        adapted: the live model with its adapters, for formats that keep those apart from the base; None without any.
     """
 
     config: PretrainedConfig
@@ -56,3 +58,4 @@ class DeployedModel:
     dtype: torch.dtype
     trained_codes: bool = False
     notes: tuple[str, ...] = ()
+    adapted: PeftModel | None = None

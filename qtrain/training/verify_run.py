@@ -50,7 +50,8 @@ def check_written(reference: Reference, export: ExportLocation, deployed: Deploy
     """What the files of an export say, without running it."""
     tokenizer = reference.module.tokenizer
     verdict = check_export(export, deployed, tokenizer, progress_over("verifying"))
-    rounded = not deployed.trained_codes and deployed.dtype != torch.float32
+    exact = torch.float32 if verdict.merged else reference.storage
+    rounded = not deployed.trained_codes and deployed.dtype != exact
     if rounded or export.facts.get("base") == "original":
         verdict.as_trained = False
     if verdict.lossy and "sha256" in export.facts:

@@ -48,6 +48,7 @@ LABELS = {
     "scales": "scales differing",
     "zero points": "zero points differing",
     "tensors": "other tensors",
+    "adapter": "adapter",
     "config": "config",
     "tokenizer": "tokenizer",
     "by": "run by",

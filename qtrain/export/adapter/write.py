@@ -24,15 +24,7 @@ def write_adapter(
     """
     begin = time.monotonic()
     with atomic_directory(directory) as temporary:
-        # save_embedding_layers asks the hub about the base's vocabulary when it is left on "auto".
-        model.save_pretrained(str(temporary), safe_serialization=True, save_embedding_layers=False)
-        # safetensors makes files that only their owner reads.
-        config = temporary / "adapter_config.json"
-        (temporary / "adapter_model.safetensors").chmod(config.stat().st_mode)
-        content = json.loads(config.read_text(encoding="utf-8"))
-        content["base_model_name_or_path"] = str(facts.get("base_model", ""))
-        content["inference_mode"] = True
-        write_json(config, content)
+        save_adapter(model, temporary, str(facts.get("base_model", "")))
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         result = {
@@ -43,3 +35,16 @@ def write_adapter(
         }
         write_card(temporary, facts, result)
     return result
+
+
+def save_adapter(model: PeftModel, directory: Path, base: str | None) -> None:
+    """adapter_model.safetensors and adapter_config.json, which names ``base`` as what it is put on."""
+    # save_embedding_layers asks the hub about the base's vocabulary when it is left on "auto".
+    model.save_pretrained(str(directory), safe_serialization=True, save_embedding_layers=False)
+    # safetensors makes files that only their owner reads.
+    config = directory / "adapter_config.json"
+    (directory / "adapter_model.safetensors").chmod(config.stat().st_mode)
+    content = json.loads(config.read_text(encoding="utf-8"))
+    content["base_model_name_or_path"] = base
+    content["inference_mode"] = True
+    write_json(config, content)

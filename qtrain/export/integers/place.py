@@ -43,7 +43,7 @@ class Place:
                     f"no place for {described(weight)} weights with {described(activation)} inputs",
                     where=where,
                     rule=self.rule,
-                    fix=f"{_keeping(weight, activation)}, or {words}",
+                    fix=f"{keeping(weight, activation)}, or {words}",
                 )
             if weight is None:
                 continue
@@ -52,7 +52,7 @@ class Place:
                 raise ExportError(
                     f"{first[0]} has {described(first[1])} weights, {where} has {described(weight)} ones",
                     rule=f"{self.rule}; one group size for all layers",
-                    fix=_keeping(weight, activation),
+                    fix=keeping(weight, activation),
                 )
         if layers and first is None:
             raise ExportError("no layer has integer weights", rule=self.rule, fix=MERGED)
@@ -80,7 +80,7 @@ class Place:
         return changes
 
 
-def _keeping(weight: QuantSpec | None, activation: QuantSpec | None) -> str:
+def keeping(weight: QuantSpec | None, activation: QuantSpec | None) -> str:
     """A format that holds such a layer as it is."""
     if changes_for_compressed_tensors(weight, activation):
         return MERGED

@@ -23,6 +23,18 @@ OF_THE_FILE = {"base_model_name_or_path", "inference_mode", "auto_mapping", "rev
 def check_adapter(directory: Path, model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> Verdict:
     """Compare adapter_model.safetensors, adapter_config.json and the tokenizer with the adapter that was trained."""
     verdict = Verdict("adapter", directory)
+    look_at_adapter(verdict, directory, model)
+    verdict.found("config", config_problems(directory, model))
+    verdict.found("tokenizer", tokenizer_problems(directory, tokenizer))
+    return verdict
+
+
+def look_at_adapter(verdict: Verdict, directory: Path, model: PeftModel, column: str = "tensors") -> None:
+    """Add what is found in adapter_model.safetensors.
+
+    Args:
+        column: of the verdict, for the tensors.
+    """
     path = directory / "adapter_model.safetensors"
     try:
         found = load_file(path)
@@ -30,13 +42,11 @@ def check_adapter(directory: Path, model: PeftModel, tokenizer: PreTrainedTokeni
         verdict.found("files", [ExportError(f"it cannot be read: {error}", where=str(path), rule=WHOLE)])
     else:
         verdict.found("files", [])
-        verdict.found("tensors", _tensor_problems(path, found, model))
-    verdict.found("config", _config_problems(directory, model))
-    verdict.found("tokenizer", tokenizer_problems(directory, tokenizer))
-    return verdict
+        verdict.found(column, tensor_problems(path, found, model))
 
 
-def _tensor_problems(path: Path, found: Mapping[str, Tensor], model: PeftModel) -> Iterator[ExportError]:
+def tensor_problems(path: Path, found: Mapping[str, Tensor], model: PeftModel) -> Iterator[ExportError]:
+    """Tensors of an adapter against those that were trained."""
     own = get_peft_model_state_dict(model, save_embedding_layers=False)
     for name in sorted(found.keys() | own.keys()):
         rule = "an adapter is written bit by bit"
@@ -47,7 +57,8 @@ def _tensor_problems(path: Path, found: Mapping[str, Tensor], model: PeftModel) 
             yield ExportError("it differs from what was trained", where=f"{path}: {name}", rule=rule)
 
 
-def _config_problems(directory: Path, model: PeftModel) -> Iterator[ExportError]:
+def config_problems(directory: Path, model: PeftModel) -> Iterator[ExportError]:
+    """adapter_config.json against the adapter that was trained, but for where its base lay."""
     path = directory / "adapter_config.json"
     try:
         found = PeftConfig.from_pretrained(str(directory)).to_dict()

@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qtrain.errors import QtrainError
 from qtrain.export.locations import ExportLocation
+from qtrain.export.verify.bitsandbytes import check_bitsandbytes
 from qtrain.export.verify.companions import config_problems, generation_problems, tokenizer_problems
 from qtrain.export.verify.compare import compare
 from qtrain.export.verify.count import KINDS, counted
@@ -22,8 +23,8 @@ NONE = "-"
 LOSSY = "lossy"
 
 
-WHOLE = {"gguf": check_gguf}
-"""Formats that are no directory of safetensors with a config.json."""
+WHOLE = {"gguf": check_gguf, "bitsandbytes": check_bitsandbytes}
+"""Formats that are no plain directory of safetensors, or hold codes of another kind than records."""
 
 
 def check_export(

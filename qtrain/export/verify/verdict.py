@@ -21,6 +21,7 @@ class Verdict:
         lossy: its codes are not the training's: a merged model was quantized when it was written.
         as_trained: a consumer computes what the training graph does: it quantizes the same inputs, an adapter is merged
             into the base that it was trained on, and no merged weight was rounded.
+        merged: an adapter, if there was one, is in the weights, not beside them.
         cells: what was looked at, in the order of the table, and what was found in a word or a figure.
         failures: what must not be.
         notes: what is worth knowing.
@@ -31,6 +32,7 @@ class Verdict:
     directory: Path
     lossy: bool = False
     as_trained: bool = True
+    merged: bool = True
     cells: dict[str, str] = field(default_factory=dict)
     failures: list[QtrainError] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

@@ -178,6 +178,7 @@ class QLora(Method[QLoraOptions]):
             tensors=lambda: deployed_tensors(inner, base or {}),
             dtype=dtype,
             notes=self._notes(inner),
+            adapted=model if isinstance(model, PeftModel) else None,
         )
 
     def why_no_original(self) -> str | None:
