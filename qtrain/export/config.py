@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 
 from qtrain.errors import ConfigError
 from qtrain.export.sizes import parse_size
+from qtrain.modules.kv.config import KVCacheSection
 from qtrain.numerics.spec import QuantSpec
 from qtrain.registry import Registry
 from qtrain.section import Section
@@ -52,6 +53,13 @@ class ExportSection(Section):
 
         Raises:
             ExportError: with the nearest specs that have one.
+        """
+
+    def check_cache(self, cache: KVCacheSection | None) -> None:
+        """Raise where a range of keys and values that is kept has no place in a format that has one for others.
+
+        Raises:
+            ExportError: with the nearest options that have one.
         """
 
 

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, field_validator
 
 from qtrain.models.config import refuse_fp16
+from qtrain.modules.kv.config import KVCacheSection
 from qtrain.numerics.spec import QuantSpec
 from qtrain.registry import Registry
 from qtrain.section import Section
@@ -46,6 +47,11 @@ class MethodSection(Section):
     def trained_layers(self) -> Iterator[tuple[str, QuantSpec | None, QuantSpec | None]]:
         """Where linear layers get codes of their own: key or pattern, specs of weights and of inputs."""
         yield from ()
+
+    @property
+    def trained_cache(self) -> KVCacheSection | None:
+        """What keys and values are trained as."""
+        return None
 
     _fp16 = field_validator("compute_dtype", mode="before")(refuse_fp16)
 

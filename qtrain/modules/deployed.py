@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PretrainedConfig
 
+from qtrain.modules.kv.config import KVCacheSection
 from qtrain.modules.record import LinearRecord
+from qtrain.numerics.affine import QParams
 from qtrain.numerics.spec import QuantSpec
 
 
@@ -39,6 +41,21 @@ class DeployedTensor:
 
 
 @dataclass(frozen=True)
+class DeployedCache:
+    """Ranges of keys and values that were kept in training, and so have to be in a file.
+
+    Attributes:
+        section: what keys and values were trained as.
+        ranges: of keys and of values, scale [1, 1] and zero point, by the attention module's name.
+        note: of ``DeployedModel.notes``, that they are in no file; it does not hold in a format that has a place.
+    """
+
+    section: KVCacheSection
+    ranges: Mapping[str, tuple[QParams, QParams]]
+    note: str
+
+
+@dataclass(frozen=True)
 class DeployedModel:
     """The trained model as a plain checkpoint, whatever it was trained as.
 
@@ -50,6 +67,7 @@ class DeployedModel:
         trained_codes: formats write the codes of the training, or refuse; they quantize nothing themselves.
         notes: what who runs the checkpoint must know and cannot read from it.
         adapted: the live model with its adapters, for formats that keep those apart from the base; None without any.
+        cache: ranges of keys and values, where they are kept.
     """
 
     config: PretrainedConfig
@@ -59,3 +77,4 @@ class DeployedModel:
     trained_codes: bool = False
     notes: tuple[str, ...] = ()
     adapted: PeftModel | None = None
+    cache: DeployedCache | None = None

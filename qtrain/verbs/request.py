@@ -106,6 +106,7 @@ def _check_language_inputs(config: Config, splits: Sequence[str]) -> None:
     if "train" in splits or not config.method.trains:
         try:
             config.export.check_trained(config.method.trained_layers())
+            config.export.check_cache(config.method.trained_cache)
         except QtrainError as error:
             errors.append(error)
     data = config.data

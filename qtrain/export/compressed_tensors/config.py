@@ -7,9 +7,11 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from qtrain.export.compressed_tensors.kv_cache import check_cache
 from qtrain.export.compressed_tensors.trained import check_layers
 from qtrain.export.config import TrainedLayer
 from qtrain.export.integers.config import IntegerOptions
+from qtrain.modules.kv.config import KVCacheSection
 
 
 class CompressedTensorsOptions(IntegerOptions):
@@ -26,3 +28,7 @@ class CompressedTensorsOptions(IntegerOptions):
     def check_trained(self, layers: Iterable[TrainedLayer]) -> None:
         """By ``qtrain.export.compressed_tensors.trained``."""
         check_layers(layers)
+
+    def check_cache(self, cache: KVCacheSection | None) -> None:
+        """By ``qtrain.export.compressed_tensors.kv_cache``."""
+        check_cache(cache)

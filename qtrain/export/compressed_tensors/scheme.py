@@ -6,11 +6,16 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from qtrain.export.compressed_tensors.kv_cache import cache_scheme
+from qtrain.modules.kv.config import KVCacheSection
 from qtrain.numerics.spec import QuantSpec
 
 
 def quantization_config(
-    layers: Mapping[str, QuantSpec], ignore: Collection[str], activation: QuantSpec | None = None
+    layers: Mapping[str, QuantSpec],
+    ignore: Collection[str],
+    activation: QuantSpec | None = None,
+    cache: KVCacheSection | None = None,
 ) -> dict[str, Any]:
     """The description that transformers and vLLM read.
 
@@ -21,17 +26,20 @@ def quantization_config(
         layers: module name to its spec.
         ignore: names of the linear modules that stay unquantized.
         activation: of the layers' inputs; integer weights lie in bytes then, whatever their bits.
+        cache: keys and values whose ranges are in the checkpoint.
     """
     (default, _), *others = Counter(layers.values()).most_common()
     # Named layers come first: the reader asks the groups in their order which modules they hold.
     groups = [_scheme(spec, [name for name, its in layers.items() if its == spec], activation) for spec, _ in others]
     groups.append(_scheme(default, ["Linear"], activation))
+    kept = {} if cache is None else {"kv_cache_scheme": cache_scheme(cache)}
     return {
         "quant_method": "compressed-tensors",
         "format": "float-quantized" if default.is_float else "int-quantized" if activation else "pack-quantized",
         "quantization_status": "compressed",
         "ignore": sorted(ignore),
         "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
+        **kept,
     }
 
 

@@ -8,7 +8,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from qtrain.export.compressed_tensors.cache_scales import with_cache_scales
 from qtrain.export.compressed_tensors.config import CompressedTensorsOptions
+from qtrain.export.compressed_tensors.kv_cache import cache_notes, served_by_vllm
 from qtrain.export.compressed_tensors.layer import byte_tensors, packed_tensors
 from qtrain.export.compressed_tensors.scheme import quantization_config
 from qtrain.export.integers.plan import plan_model
@@ -34,11 +36,20 @@ def write(
     Raises:
         ExportError: a weight that is not finite, nothing to quantize, or codes that have no place here.
     """
+    cache = model.cache.section if model.cache is not None else None
+    options.check_cache(cache)
+    if cache is not None:
+        model = with_cache_scales(model)
     plan = plan_model(model, options)
-    header = quantization_config(plan.specs, ["lm_head", *plan.kept], plan.activation)
+    header = quantization_config(plan.specs, ["lm_head", *plan.kept], plan.activation, cache)
     tensors_of = packed_tensors if header["format"] == "pack-quantized" else byte_tensors
     layout = Layout(
-        "compressed-tensors", header["format"], lambda name, record: tensors_of(record, model.dtype), header
+        "compressed-tensors",
+        header["format"],
+        lambda name, record: tensors_of(record, model.dtype),
+        header,
+        notes=() if cache is None else cache_notes(cache, plan.specs.values()),
+        vllm=cache is None or served_by_vllm(cache),
     )
     return write_integers(
         model,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qtrain.errors import ExportError, QtrainError
 from qtrain.export.verify.count import KINDS, Count
+from qtrain.export.verify.kv_cache import compare_cache
 from qtrain.export.verify.stored import Stored
 from qtrain.export.writer import Progress
 from qtrain.models.quantized.layer import QuantizedLayer
@@ -70,6 +71,10 @@ def compare(stored: Stored, deployed: DeployedModel, progress: Progress | None =
         for name in surplus
     ]
     result.layout += _claims(stored)
+    if stored.cache is not None:
+        layout, names = compare_cache(stored.cache, deployed.cache, result.counts["scales"])
+        result.layout += layout
+        result.names += names
     return result
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from qtrain.export.verify.kv_cache import StoredCache
 from qtrain.models.quantized.layer import QuantizedLayer
 from qtrain.registry import Registry
 
@@ -23,6 +24,7 @@ class Stored:
         surplus: names of tensors that belong to a layer and not to its format.
         tells_symmetry: the header says which layers are symmetric; else all have zero points.
         own_dtypes: plain tensors have the dtypes that the format prescribes, not that of the checkpoint.
+        cache: ranges of keys and values, where the format has a place for any.
     """
 
     layers: Mapping[str, QuantizedLayer]
@@ -31,6 +33,7 @@ class Stored:
     surplus: Collection[str] = ()
     tells_symmetry: bool = True
     own_dtypes: bool = False
+    cache: StoredCache | None = None
 
 
 Reader = Callable[[Path, Mapping[str, nn.Linear]], Stored]

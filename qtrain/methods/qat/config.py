@@ -113,6 +113,11 @@ class QatOptions(StartKeys, MethodSection):
             if changes.keys() & general.keys():
                 yield f"method.rules[{pattern!r}]", *_specs(general, changes)
 
+    @property
+    def trained_cache(self) -> KVCacheSection | None:
+        """``kv_cache``."""
+        return self.kv_cache
+
     @model_validator(mode="after")
     def _something(self) -> QatOptions:
         if not any((self.weight, self.activation, self.kv_cache, self.embedding, self.rules)):

@@ -9,7 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qtrain.modules.deployed import DeployedTensor
+from qtrain.methods.qat.serving import cache_note
+from qtrain.modules.deployed import DeployedCache, DeployedTensor
+from qtrain.modules.kv.config import KVCacheSection
+from qtrain.modules.kv.prepare import CHILD
+from qtrain.modules.kv.quantizer import KVQuantizer
 from qtrain.modules.quant_embedding import QuantEmbedding
 from qtrain.modules.quant_linear import QuantLinear
 from qtrain.modules.quantizer import Quantizer
@@ -39,6 +43,19 @@ def deployed_tensors(model: PreTrainedModel) -> Iterator[DeployedTensor]:
         for kind, buffer in module.named_buffers(recurse=False):
             if kind not in module._non_persistent_buffers_set:
                 yield DeployedTensor(f"{name}.{kind}", tuple(buffer.shape), False, buffer.detach)
+
+
+@torch.no_grad()
+def deployed_cache(model: PreTrainedModel, section: KVCacheSection | None) -> DeployedCache | None:
+    """The ranges of keys and values that were kept; None where each token has its own."""
+    if section is None or section.range == "dynamic":
+        return None
+    ranges = {
+        name.removesuffix(f".{CHILD}"): (module.key.stored(), module.value.stored())
+        for name, module in model.named_modules()
+        if isinstance(module, KVQuantizer)
+    }
+    return DeployedCache(section, ranges, cache_note(section))
 
 
 def _quantized(key: str, module: QuantLinear | QuantEmbedding, is_head: bool) -> DeployedTensor:

@@ -18,13 +18,13 @@ from qtrain.errors import ExportError, ModelError
 from qtrain.files import atomic_directory, write_json
 from qtrain.methods.method import Context, Method, Progress, Text
 from qtrain.methods.qat.config import QatOptions
-from qtrain.methods.qat.deployed import deployed_tensors
+from qtrain.methods.qat.deployed import deployed_cache, deployed_tensors
 from qtrain.methods.qat.lines import described, start_line
 from qtrain.methods.qat.serving import serving_notes
 from qtrain.methods.qat.start import begin_at, copied_parameters, moved_since, with_parameters
 from qtrain.modules.calibrate import calibrate
 from qtrain.modules.deployed import DeployedModel
-from qtrain.modules.kv.prepare import kv_quantizers, prepare_kv
+from qtrain.modules.kv.prepare import has_cache_scales, kv_quantizers, prepare_kv
 from qtrain.modules.prepare import Prepared, prepare_modules
 from qtrain.modules.quant_linear import QuantLinear
 from qtrain.modules.quantizers import full_precision, quantizers, round_to_nearest
@@ -196,11 +196,12 @@ class Qat(Method[QatOptions]):
             dtype=dtype,
             trained_codes=True,
             notes=serving_notes(self.options),
+            cache=deployed_cache(plain, self.options.kv_cache),
         )
 
     def serve(self, model: nn.Module, exported: PreTrainedModel) -> None:
-        """Keys and values on the levels of the training."""
-        if self.options.kv_cache is not None:
+        """Keys and values on the levels of the training, unless a checkpoint's own scales do that."""
+        if self.options.kv_cache is not None and not has_cache_scales(exported):
             prepare_kv(exported, self.options.kv_cache)
             trained = dict(kv_quantizers(self.plain_model(model)))
             for name, quantizer in kv_quantizers(exported):

@@ -21,7 +21,7 @@ def serving_notes(options: QatOptions) -> tuple[str, ...]:
     if options.activation is not None:
         notes.append(_inputs(options.activation))
     if options.kv_cache is not None:
-        notes.append(_cache(options.kv_cache))
+        notes.append(cache_note(options.kv_cache))
     head = options.weight if options.head else None
     for name, section in (("the token embedding", options.embedding), ("lm_head", head)):
         if section is not None:
@@ -36,9 +36,15 @@ def _inputs(section: QuantizerSection) -> str:
     return f"inputs of linear layers were trained in int8 with a scale of absmax / {ours} a token ({other})"
 
 
-def _cache(section: KVCacheSection) -> str:
+def cache_note(section: KVCacheSection) -> str:
+    """What a directory without a word of keys and values leaves to who serves it."""
     kind = "symmetric" if section.symmetric else "asymmetric"
     trained = f"{section.format} {kind}, {section.shared}, {section.site}"
+    if section.range != "dynamic":
+        return (
+            f"the KV cache was trained as {trained}, with {section.range} ranges; nothing of them is in this "
+            "directory: export.format=compressed-tensors has a place for such ranges"
+        )
     flag = CACHE_FLAGS.get(section.format)
     if flag is None:
         return f"the KV cache was trained as {trained}: vLLM has no --kv-cache-dtype for it"

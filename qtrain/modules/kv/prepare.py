@@ -96,6 +96,13 @@ def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
+def has_cache_scales(model: nn.Module) -> bool:
+    """Whether its attentions quantize keys and values by scales of the checkpoint: compressed-tensors' do."""
+    return any(
+        isinstance(getattr(attention, "k_scale", None), nn.Parameter) for _, attention in attention_modules(model)
+    )
+
+
 def _check(name: str, attention: nn.Module) -> None:
     if hasattr(attention, CHILD):
         raise ModelError(
