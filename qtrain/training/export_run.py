@@ -23,6 +23,7 @@ from qtrain.files import write_json
 from qtrain.models.load import load_model
 from qtrain.registry import resolve
 from qtrain.report.write import write_report
+from qtrain.training.merge_loss import merge_loss
 from qtrain.training.reference import Reference
 from qtrain.training.run_directory import RunDirectory
 from qtrain.training.tracking import close, log_artifacts, loggers
@@ -95,6 +96,7 @@ def _deploy(
     verdict = check_written(reference, written, deployed) if options.verify else None
     if verdict is not None and verdict.lossy:
         found["sha256"] = digests(directory)
+    note = None
     if options.evaluate:
         with reference.context():
             loaded = loaded_export(reference, written)
@@ -105,9 +107,12 @@ def _deploy(
             del loaded
             if hasattr(options, "base") and reference.module.method.why_no_original() is None:
                 found["alternative"] = _alternative(reference, base)
+    if lost := merge_loss(deployed, found, getattr(reference.config.method, "base", "none")):
+        found["notes"].append(lost)
+    if options.evaluate:
         write_card(directory, {**facts, "figures": _figures(found)}, found)
-        if note is not None:  # of this machine, so not for the card
-            found["notes"].append(note)
+    if note is not None:  # of this machine, so not for the card
+        found["notes"].append(note)
     return found, verdict
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -12,9 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qtrain.config.schema import Config
 from qtrain.distill.config import DistillSection
 from qtrain.evaluation.progress import progress_over
+from qtrain.export.bitsandbytes.load import with_adapter
 from qtrain.methods.method import build_method
 from qtrain.models.dtype import resolve_dtypes
 from qtrain.models.load import load_model, load_tokenizer
+from qtrain.models.source import find_model
 from qtrain.training.module import LanguageModule
 from qtrain.training.run_directory import RunDirectory
 
@@ -70,8 +73,11 @@ def trained_subject(config: Config, run: RunDirectory) -> Subject:
 
 
 def stored_subject(config: Config) -> Subject:
-    """``model.path`` as it is stored: no quantization, no adapter (an export is unpacked by transformers)."""
+    """``model.path`` as it is stored: an export is unpacked by transformers, and has its adapter if one lies in it."""
     device = best_device()
     storage, compute = resolve_dtypes(config.model.dtype, config.method.compute_dtype, device)
     model = load_model(config.model, storage, device=device)
+    source = find_model(config.model)
+    if source.kind == "directory":
+        model = with_adapter(model, Path(source.location))
     return Subject(model, model, load_tokenizer(config.model), str(config.model.path), compute)

@@ -17,7 +17,7 @@ from qtrain.export.bitsandbytes.layer import frozen_layers
 from qtrain.export.bitsandbytes.load import ADAPTER
 from qtrain.export.locations import ExportLocation
 from qtrain.export.verify import adapter
-from qtrain.export.verify.bitsandbytes_layer import Codes, compare_layer, stored_scheme
+from qtrain.export.verify.bitsandbytes_layer import Codes, compare_layer, scheme_of, stored_scheme
 from qtrain.export.verify.companions import config_problems, generation_problems, tokenizer_problems
 from qtrain.export.verify.compare import compare
 from qtrain.export.verify.count import KINDS, counted
@@ -45,7 +45,7 @@ def check_bitsandbytes(
     verdict.lossy = verdict.merged
     verdict.found("files", file_problems(directory))
     try:
-        _compare(verdict, deployed)
+        _compare(verdict, deployed, recorded=bool(export.facts))
     except QtrainError as error:
         verdict.cells |= {column: NONE for column in ("names", "layout", *KINDS, "tensors")}
         if verdict.passed:  # else it stumbled over the files that were told already
@@ -60,7 +60,7 @@ def check_bitsandbytes(
     return verdict
 
 
-def _compare(verdict: Verdict, deployed: DeployedModel) -> None:
+def _compare(verdict: Verdict, deployed: DeployedModel, *, recorded: bool) -> None:
     tensors = TensorFiles(verdict.directory)
     live = {} if deployed.adapted is None else frozen_layers(deployed.adapted.get_base_model())
     shapes = {
@@ -79,7 +79,8 @@ def _compare(verdict: Verdict, deployed: DeployedModel) -> None:
     weights = {f"{name}.weight" for name in shapes}
     plain = replace(deployed, tensors=lambda: (it for it in deployed.tensors() if it.name not in weights))
     others = compare(Stored({}, rest, claimed=()), plain)
-    verdict.found("names", [*found.names, *others.names])
+    alone = [_alone(verdict)] if verdict.merged and not recorded and _is_base(tensors, shapes, live) else []
+    verdict.found("names", [*found.names, *others.names, *alone])
     layout = [*found.layout, *_header_problems(verdict, deployed, tensors, shapes, live)]
     verdict.found("layout", layout)
     for kind, count in found.counts.items():
@@ -92,6 +93,26 @@ def _compare(verdict: Verdict, deployed: DeployedModel) -> None:
         verdict.notes.append(
             f"lossy, by design: the codes of {len(shapes)} layers were chosen when the merged model was written"
         )
+
+
+def _is_base(tensors: TensorFiles, shapes: Mapping[str, tuple[int, ...]], live: Mapping[str, nn.Module]) -> bool:
+    """Whether all codes are those that the adapter was trained over."""
+    for name, shape in shapes.items():
+        found = Codes()
+        if name not in live or stored_scheme(tensors, name) != scheme_of(live[name]):
+            return False
+        compare_layer(tensors, name, shape, (), live[name], found)
+        if found.names or found.counts["codes"].differing:
+            return False
+    return True
+
+
+def _alone(verdict: Verdict) -> ExportError:
+    return ExportError(
+        "no adapter lies beside them, and the codes are those of the base",
+        where=str(verdict.directory),
+        rule="what was trained is the base with its adapter",
+    )
 
 
 def _header_problems(

@@ -55,7 +55,7 @@ def compare_layer(
     Raises:
         ModelError: a tensor of no dtype or shape that its place has.
     """
-    kind, nested = stored_scheme(tensors, name) if live is None else _scheme_of(live)
+    kind, nested = stored_scheme(tensors, name) if live is None else scheme_of(live)
     told = _told(tensors, name, kind, to)
     own, words = ({}, {"quant_type": kind, "shape": list(shape)}) if live is None else _of_run(live)
     expected = _expected(kind, nested, shape, int(words.get("blocksize") or told.get("blocksize") or 64))
@@ -86,7 +86,8 @@ def compare_layer(
             to.layout.append(ExportError("it differs", where=key, rule=f"all of {kind} have the same one"))
 
 
-def _scheme_of(live: nn.Module) -> tuple[str, bool]:
+def scheme_of(live: nn.Module) -> tuple[str, bool]:
+    """``stored_scheme`` of the layer that was trained over."""
     if isinstance(live, bnb.nn.Linear8bitLt):
         return "int8", False
     weight = live.weight
