@@ -55,6 +55,13 @@ class ExportSection(Section):
             ExportError: with the nearest specs that have one.
         """
 
+    def check_base(self, base: str) -> None:
+        """Raise where what adapters are trained over, as method.base names it, has no place; before they are trained.
+
+        Raises:
+            ExportError: with a format or a base that has one.
+        """
+
     def check_cache(self, cache: KVCacheSection | None) -> None:
         """Raise where a range of keys and values that is kept has no place in a format that has one for others.
 

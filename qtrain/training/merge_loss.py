@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qtrain.export.bitsandbytes.layer import KINDS, frozen_layers
+from qtrain.export.bitsandbytes.config import KINDS
+from qtrain.export.bitsandbytes.layer import frozen_layers
 from qtrain.methods.config import KEPT
 from qtrain.modules.deployed import DeployedModel
 from qtrain.modules.frozen_linear import frozen_kind

@@ -107,6 +107,8 @@ def _check_language_inputs(config: Config, splits: Sequence[str]) -> None:
         try:
             config.export.check_trained(config.method.trained_layers())
             config.export.check_cache(config.method.trained_cache)
+            if base := getattr(config.method, "base", None):
+                config.export.check_base(base)
         except QtrainError as error:
             errors.append(error)
     data = config.data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,17 +18,22 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from qtrain.cli import main
 from qtrain.errors import ExportError
 from qtrain.export.bitsandbytes.config import BitsAndBytesOptions
+from qtrain.export.bitsandbytes.layer import frozen_layers
 from qtrain.export.bitsandbytes.write import write
 from qtrain.export.config import FORMATS
 from qtrain.export.consumers import load_export
 from qtrain.export.locations import ExportLocation
 from qtrain.export.verify.check import check_export
+from qtrain.methods.base import load_base
 from qtrain.methods.config import METHODS
 from qtrain.methods.method import build_method
 from qtrain.methods.qlora.config import QLoraOptions
 from qtrain.methods.qlora.method import QLora
+from qtrain.models.config import ModelSection
+from qtrain.modules.frozen_linear import dense_weight
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),  # PEFT 0.21
@@ -219,7 +225,7 @@ def test_codes_are_not_quantized_again_unasked(sources: Callable[[str], Path], t
     with pytest.raises(ExportError) as caught:
         export(*trained(sources("nf4"), CASES["nf4"]), tmp_path / "out", quantize="nf4")
     message = str(caught.value)
-    assert "quantizes again what was trained over nf4" in message and "export.allow_requantize=true" in message
+    assert "quantizes again what is trained over nf4" in message and "export.allow_requantize=true" in message
     assert list(tmp_path.iterdir()) == []
 
 
@@ -235,11 +241,52 @@ def test_a_base_of_another_kind_is_refused_or_merged(
     with pytest.raises(ExportError) as caught:
         export(method, model, tmp_path / "out")
     message = str(caught.value)
-    assert f"lies in {there}" in message and "export.quantize=nf4" in message
+    assert f"trained over: {there}" in message and "export.quantize=nf4" in message
     again = there == "packed"
     assert again == ("export.allow_requantize=true" in message)
     result = export(method, model, tmp_path / "out", quantize="nf4", allow_requantize=again)
     assert result["kind"] == "nf4" and result["double_quant"] and result["quantized_layers"] == 14
+
+
+@pytest.mark.parametrize(
+    ("base", "keys", "fix"),
+    [
+        ("none", {}, "export.quantize=nf4 merges"),
+        ("packed", {}, "export.quantize=nf4 export.allow_requantize=true"),
+        ("nf4", {"quantize": "int8"}, "export.allow_requantize=true"),
+        ("packed", {"quantize": "nf4"}, "export.allow_requantize=true"),
+        ("nf4", {}, None),
+        ("int8", {"quantize": "nf4", "allow_requantize": True}, None),
+        ("none", {"quantize": "nf4"}, None),
+        ("checkpoint", {}, None),
+    ],
+)
+def test_a_base_without_a_place_is_known_before_the_training(
+    tmp_path: Path, tiny_llama_dir: Path, capsys: pytest.CaptureFixture[str], base: str, keys: Any, fix: str | None
+) -> None:
+    options = BitsAndBytesOptions(**keys)
+    if fix is None:
+        options.check_base(base)
+        return
+    with pytest.raises(ExportError, match=re.escape(fix)):
+        options.check_base(base)
+    (tmp_path / "text.txt").write_text("a line")
+    words = [f"data.train={tmp_path / 'text.txt'}", f"model.path={tiny_llama_dir}", f"run.dir={tmp_path / 'run'}"]
+    named = [f"export.{key}={value}" for key, value in keys.items()]
+    assert main(["fit", *words, f"method.base={base}", "export.format=bitsandbytes", *named]) == 2
+    assert fix in " ".join(capsys.readouterr().err.split()) and not (tmp_path / "run").exists()
+
+
+def test_an_export_is_a_base_to_train_over_again(consumed: Path, sources: Callable[[str], Path]) -> None:
+    for name in ("nf4", "int8"):
+        method, model = trained(sources(name), CASES[name])
+        options = QLoraOptions(base="checkpoint")
+        section = ModelSection(path=str(consumed / name))
+        again = load_base(section, options, torch.float32, compute_dtype=torch.float32, device=CPU)
+        own = frozen_layers(method.plain_model(model))
+        assert frozen_layers(again).keys() == own.keys() and len(own) == 14
+        for layer, module in frozen_layers(again).items():
+            assert torch.equal(dense_weight(module), dense_weight(own[layer]))
 
 
 TRAINED: dict[str, tuple[dict[str, Any], str]] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -12,6 +12,8 @@ from qtrain.export.compressed_tensors.trained import described
 from qtrain.export.config import ExportSection, TrainedLayer
 from qtrain.export.integers.place import keeping
 
+KINDS = ("nf4", "fp4", "int8")
+KEPT = "checkpoint"
 RULE = "bitsandbytes holds NF4, FP4 and LLM.int8(), of which no method but qlora trains anything"
 
 
@@ -46,3 +48,31 @@ class BitsAndBytesOptions(ExportSection):
                     rule=RULE,
                     fix=keeping(weight, activation),
                 )
+
+    def check_base(self, base: str) -> None:
+        """By the codes of method.base; what a checkpoint holds is seen when it is exported."""
+        if base != KEPT:
+            self.check_kinds([] if base == "none" else [base])
+
+    def check_kinds(self, kinds: Collection[str]) -> None:
+        """Raise where a base has no place, or would be quantized again unasked.
+
+        Args:
+            kinds: of the codes that its layers lie in; none, where they are unquantized.
+        """
+        there = " and ".join(kinds) or "unquantized weights"
+        if self.quantize != "none":
+            if kinds and not self.allow_requantize:
+                raise ExportError(
+                    f"export.quantize={self.quantize} quantizes again what is trained over {there}",
+                    rule="an adapter learns beside the codes of its base; the sum of both on such codes is another "
+                    "model",
+                    fix="export.quantize=none keeps both as they are trained; or export.allow_requantize=true",
+                )
+        elif not kinds or not {*kinds} <= {*KINDS}:
+            again = " export.allow_requantize=true" if kinds else ""
+            raise ExportError(
+                f"export.format=bitsandbytes keeps a base in the codes that it is trained over: {there}",
+                rule="method.base is nf4, fp4 or int8",
+                fix=f"export.format=adapter, the adapter alone; or export.quantize=nf4{again} merges and quantizes",
+            )

@@ -10,7 +10,6 @@ from qtrain.errors import ExportError
 from qtrain.modules.deployed import DeployedTensor
 from qtrain.modules.frozen_linear import freeze_linear, frozen_kind
 
-KINDS = ("nf4", "fp4", "int8")
 REPACKED = (
     "bitsandbytes repacked it for a CPU with AVX512-BF16 at its first evaluation, and rounded the scales of its blocks"
 )

@@ -12,11 +12,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from qtrain.errors import ExportError
 from qtrain.export.adapter.write import save_adapter
 from qtrain.export.bitsandbytes.config import BitsAndBytesOptions
 from qtrain.export.bitsandbytes.header import Scheme, quantization_config, shared_scheme
-from qtrain.export.bitsandbytes.layer import KINDS, frozen_layers, quantized_anew, tensors_of
+from qtrain.export.bitsandbytes.layer import frozen_layers, quantized_anew, tensors_of
 from qtrain.export.bitsandbytes.load import ADAPTER
 from qtrain.export.card import write_card
 from qtrain.export.companions import write_companions
@@ -52,7 +51,7 @@ def write(
     options.check_trained((tensor.name, tensor.spec, tensor.activation) for tensor in tensors if tensor.linear)
     merged = options.quantize != "none"
     frozen = {} if model.adapted is None else frozen_layers(model.adapted.get_base_model())
-    _check(model, options, frozen)
+    options.check_kinds(sorted({str(frozen_kind(layer)) for layer in frozen.values()}))
     layers: dict[str, Callable[[], nn.Module]]
     if merged:
         scheme = _scheme(model, options, frozen)
@@ -113,26 +112,6 @@ def write(
 def _layer_of(tensor: DeployedTensor) -> str:
     """The layer whose weight a tensor is; no layer's name for others."""
     return tensor.name.removesuffix(".weight") if tensor.name.endswith(".weight") else ""
-
-
-def _check(model: DeployedModel, options: BitsAndBytesOptions, frozen: Mapping[str, nn.Module]) -> None:
-    """Raise where the base has no place, or would be quantized again unasked."""
-    kinds = sorted({str(frozen_kind(layer)) for layer in frozen.values()})
-    there = " and ".join(kinds) or "unquantized weights"
-    if options.quantize == "none":
-        if not kinds or any(kind not in KINDS for kind in kinds):
-            again = " export.allow_requantize=true" if kinds else ""
-            raise ExportError(
-                f"export.format=bitsandbytes keeps a base as it was trained over, and that lies in {there}",
-                rule="method.base is nf4, fp4 or int8",
-                fix=f"export.format=adapter, the adapter alone; or export.quantize=nf4{again} merges and quantizes",
-            )
-    elif kinds and not options.allow_requantize:
-        raise ExportError(
-            f"export.quantize={options.quantize} quantizes again what was trained over {there}",
-            rule="an adapter learns beside the codes of its base; the sum of both on such codes is another model",
-            fix="export.quantize=none keeps both as they were trained; or export.allow_requantize=true",
-        )
 
 
 def _scheme(model: DeployedModel, options: BitsAndBytesOptions, frozen: Mapping[str, nn.Module]) -> Scheme:
