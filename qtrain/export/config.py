@@ -27,6 +27,9 @@ class ExportSection(Section):
     takes: ClassVar[Literal["deployed", "trained"]] = "deployed"
     """What that function is given: the model as a plain checkpoint (and the result is measured), or as it trained."""
 
+    streams: ClassVar[bool] = False
+    """It asks for one tensor after the other and nothing else, so the model need not be in memory."""
+
     format: str = Field("compressed-tensors", description="layout of the exported directory")
     dir: str | None = Field(None, description="where to; default: RUN/export/FORMAT")
     dtype: Literal["auto", "fp32", "bf16"] = Field(

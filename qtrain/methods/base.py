@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from transformers import PretrainedConfig, PreTrainedModel
 
 from qtrain.errors import ModelError
@@ -17,6 +16,7 @@ from qtrain.models.quantized.checkpoint import load_codebooks
 from qtrain.models.quantized.header import header_of, quant_method
 from qtrain.models.quantized.registry import CODEBOOKS
 from qtrain.models.source import ModelSource, find_model
+from qtrain.models.stored import stored_directory
 
 
 def load_base(
@@ -51,7 +51,8 @@ def load_base(
             fix="a GPTQ, AWQ or compressed-tensors directory as model.path, or "
             + ("method.base=nf4" if method.takes_codebooks else "method.init=gptq"),
         )
-    directory = Path(source.location) if source.kind == "directory" else _downloaded(source, section)
+    directory = stored_directory(section)
+    assert directory is not None  # a GGUF file has no such codes
     if method.takes_codebooks and found in CODEBOOKS.names():
         return load_codebooks(directory, dtype, device, compute_dtype=compute_dtype, attention=section.attention)
     return load_packed(directory, dtype, attention=section.attention)
@@ -69,14 +70,6 @@ def _codes_of(source: ModelSource, section: ModelSection) -> str | None:
         raise unreadable("model", source, error) from None
     header = header_of(config, source.location)
     return None if header is None else str(header["quant_method"])
-
-
-def _downloaded(source: ModelSource, section: ModelSection) -> Path:
-    try:
-        files = ["*.safetensors", "*.json"]
-        return Path(snapshot_download(source.location, revision=section.revision, allow_patterns=files))
-    except (OSError, ValueError) as error:
-        raise unreadable("model", source, error) from None
 
 
 def _codes_in_the_way(found: str, method: MethodSection, source: ModelSource) -> ModelError:

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qtrain.errors import ExportError
 from qtrain.methods.config import METHODS, MethodSection
+from qtrain.methods.streamed import RunFiles, Streamed
 from qtrain.modules.deployed import DeployedModel
 from qtrain.modules.schedule import QuantizationSchedule
 from qtrain.registry import resolve
@@ -89,9 +91,22 @@ class Method(ABC, Generic[Options]):
             base: merge into these weights, by their names, instead of the base that was trained on.
         """
 
+    def streamed(self, files: RunFiles) -> Streamed | None:
+        """The same model from the files of its run, a layer at a time; None where that cannot be."""
+        return None
+
     def why_no_original(self) -> str | None:
         """Why what was trained cannot be merged into the weights of ``model.path``; None where it can."""
         return f"export.base=original merges an adapter, and method.name={self.options.name} has none"
+
+    def check_original(self) -> None:
+        """Raise where it cannot.
+
+        Raises:
+            ExportError: with the reason.
+        """
+        if reason := self.why_no_original():
+            raise ExportError(reason, where="export.base=original", fix="leave export.base out")
 
     def serve(self, model: nn.Module, exported: PreTrainedModel) -> None:
         """Switch on in a loaded export what its consumer does by a run-time flag: no checkpoint holds it."""

@@ -8,16 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qtrain.files import atomic_directory, write_json
-from qtrain.models.quantized.checkpoint import load_skeleton, read_quantized
-from qtrain.models.quantized.layer import InputScheme
+from qtrain.models.quantized.checkpoint import QuantizedCheckpoint, load_skeleton, read_quantized
+from qtrain.models.quantized.layer import InputScheme, QuantizedLayer
+from qtrain.models.quantized.skeleton import empty_model
+from qtrain.models.stored import StoredWeights
 from qtrain.modules.config import QuantizerSection
 from qtrain.modules.packed_identity import packed_identity, packed_layers, plain_name
 from qtrain.modules.packed_linear import PackedLinear
 from qtrain.modules.quantizer import Quantizer
+from qtrain.modules.record import LinearRecord, Outliers
+from qtrain.numerics.affine import SCALE_DTYPES
 
 Progress = Callable[[Iterator[Any], int], Iterator[Any]]
 METHOD = "qtrain"
@@ -65,14 +69,53 @@ def load_packed(
     model = load_skeleton(checkpoint, dtype, device, attention=attention)
     layers = list(checkpoint.layers.items())
     for name, layer in progress(iter(layers), len(layers)) if progress else layers:
-        bias = model.get_submodule(name).bias
-        packed = PackedLinear.from_record(layer.load(), bias if isinstance(bias, Tensor) else None)
-        if layer.inputs is not None:
-            packed.input_quantizer = _input_quantizer(layer.inputs)
-        model.set_submodule(name, packed.to(device))
+        model.set_submodule(name, packed_layer(layer, layer.load(), model.get_submodule(name)).to(device))
     model.requires_grad_(False)
     model.eval()
     return model
+
+
+def packed_skeleton(
+    directory: Path, dtype: torch.dtype, *, attention: str = "auto"
+) -> tuple[PreTrainedModel, QuantizedCheckpoint, StoredWeights] | None:
+    """The model of ``load_packed`` on the meta device, with what reads its layers and everything else one at a time;
+    None where tensors are stored by other names than the model's.
+    """
+    checkpoint = read_quantized(directory, whole_zero_points=False)
+    model = empty_model(checkpoint.config, dtype, attention)
+    others = StoredWeights(directory, model, dtype, absent={f"{name}.weight" for name in checkpoint.layers})
+    if not others.complete:
+        return None
+    for name, layer in checkpoint.layers.items():
+        linear = model.get_submodule(name)
+        model.set_submodule(name, packed_layer(layer, _shape_of(layer, linear), linear).to("meta"))
+    model.requires_grad_(False)
+    return model, checkpoint, others
+
+
+def packed_layer(layer: QuantizedLayer, record: LinearRecord, linear: nn.Module) -> PackedLinear:
+    """A layer of a checkpoint in the place of ``linear``, whose bias it takes."""
+    bias = linear.bias
+    packed = PackedLinear.from_record(record, bias if isinstance(bias, Tensor) else None)
+    if layer.inputs is not None:
+        packed.input_quantizer = input_quantizer(layer.inputs)
+    return packed
+
+
+def _shape_of(layer: QuantizedLayer, linear: nn.Module) -> LinearRecord:
+    """The layer's record on the meta device."""
+    spec, (out, columns) = layer.spec, (int(linear.out_features), int(linear.in_features))  # type: ignore[arg-type]
+    groups, dtype = columns // (spec.group_size or columns), SCALE_DTYPES[spec.scale_dtype]
+    with torch.device("meta"):
+        points = torch.empty(out, groups, dtype=torch.int8 if layer.whole_zero_points else torch.float32)
+        beside = Outliers(torch.empty(layer.outliers, dtype=torch.int32), torch.empty(layer.outliers, dtype=dtype))
+        return LinearRecord(
+            torch.empty(out, columns, dtype=torch.int8),
+            torch.empty(out, groups, dtype=dtype),
+            None if spec.symmetric else points,
+            spec,
+            beside if layer.outliers else None,
+        )
 
 
 def _parts(layer: PackedLinear) -> dict[str, Tensor]:
@@ -100,7 +143,8 @@ def _specs(layers: dict[str, PackedLinear]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def _input_quantizer(scheme: InputScheme) -> Quantizer:
+def input_quantizer(scheme: InputScheme) -> Quantizer:
+    """What quantizes a layer's input as its checkpoint has it."""
     spec = scheme.spec
     section = QuantizerSection(
         format=spec.format,

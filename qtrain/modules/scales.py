@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,7 +93,21 @@ def switch(model: nn.Module, scales: Scales) -> None:
     Raises:
         ModelError: they belong to another base, or do not fit; the model is as it was then.
     """
-    layers, here = _layers(model), packed_identity(model)
+    layers = _layers(model)
+    check_fit(scales, packed_identity(model), layers)
+    for name, layer in layers.items():
+        layer.set_ranges(scales.tensors[name + SCALE], scales.tensors.get(name + ZERO_POINT))
+
+
+def check_fit(scales: Scales, here: str, layers: Mapping[str, PackedLinear]) -> None:
+    """Raise unless the scales are those of this packed base.
+
+    Args:
+        here: the base's identity.
+
+    Raises:
+        ModelError: they belong to another base, or do not fit.
+    """
     if scales.base != here:
         raise ModelError(
             f"these scales belong to the packed base {scales.base}, and this one is {here}",
@@ -108,8 +123,6 @@ def switch(model: nn.Module, scales: Scales) -> None:
                 f"{'none' if found is None else list(found.shape)} there",
                 where=scales.source,
             )
-    for name, layer in layers.items():
-        layer.set_ranges(scales.tensors[name + SCALE], scales.tensors.get(name + ZERO_POINT))
 
 
 def _layers(model: nn.Module) -> dict[str, PackedLinear]:

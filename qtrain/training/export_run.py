@@ -23,9 +23,11 @@ from qtrain.files import write_json
 from qtrain.models.load import load_model
 from qtrain.registry import resolve
 from qtrain.report.write import write_report
+from qtrain.training.export_key import export_key
 from qtrain.training.merge_loss import merge_loss
 from qtrain.training.reference import Reference
 from qtrain.training.run_directory import RunDirectory
+from qtrain.training.streamed import StreamedRun
 from qtrain.training.tracking import close, log_artifacts, loggers
 from qtrain.training.verify_run import check_written, judge, loaded_export
 
@@ -42,11 +44,12 @@ def export_run(config: Config, run: RunDirectory) -> dict[str, Any]:
     options = config.export
     directory = Path(options.dir) if options.dir else run.export(options.format)
     _check_target(directory)
-    reference = Reference.of(config, run)
-    facts = _facts(config, run, reference.module.method.lines(reference.model))
+    reference = _unrun(config, run) or Reference.of(config, run)
+    facts = _facts(config, run, reference.lines())
     write = resolve(options.implementation)
     verdict: Verdict | None = None
     if options.takes == "trained":
+        assert isinstance(reference, Reference)
         if not isinstance(reference.model, PeftModel):
             raise ExportError(
                 f"export.format={options.format} writes PEFT's adapters, and method.name={config.method.name} has none",
@@ -60,7 +63,7 @@ def export_run(config: Config, run: RunDirectory) -> dict[str, Any]:
         if options.verify:
             verdict = check_adapter(directory, reference.model, tokenizer)
     else:
-        found, verdict = _deploy(reference, write, directory, facts)
+        found, verdict = _deploy(reference, write, run, directory, facts)
     found["directory"] = str(directory)
     if verdict is not None:
         found["verified"] = verdict.to_dict()
@@ -76,28 +79,41 @@ def export_run(config: Config, run: RunDirectory) -> dict[str, Any]:
     return found
 
 
+def _unrun(config: Config, run: RunDirectory) -> StreamedRun | None:
+    """The run from its files, a layer at a time, where no text is run through it: not to calibrate, nor to measure."""
+    options = config.export
+    if options.evaluate or not options.streams:
+        return None
+    base = getattr(options, "base", "dequantized")
+    streamed = StreamedRun.of(config, run, [base])
+    calibrates = getattr(options, "calibration_rows", 0) > 0
+    return None if streamed is None or (calibrates and not streamed.deployed(base).trained_codes) else streamed
+
+
 def _deploy(
-    reference: Reference, write: Writer, directory: Path, facts: Mapping[str, Any]
+    reference: Reference | StreamedRun, write: Writer, run: RunDirectory, directory: Path, facts: Mapping[str, Any]
 ) -> tuple[dict[str, Any], Verdict | None]:
     """Write the plain checkpoint, read it back and run it, as the options ask."""
     options = reference.config.export
     base = getattr(options, "base", "dequantized")
     deployed = reference.deployed(base)
+    rows = 0 if deployed.trained_codes else getattr(options, "calibration_rows", 0)
     found = write(
         deployed,
         options,
         directory,
-        tokenizer=reference.module.tokenizer,
+        tokenizer=reference.tokenizer,
         facts=facts,
-        calibration=reference.calibration(0 if deployed.trained_codes else getattr(options, "calibration_rows", 0)),
+        calibration=reference.calibration(rows) if isinstance(reference, Reference) else None,
         progress=progress_over("exporting"),
+        resume=export_key(reference.config, run),
     )
     written = ExportLocation(options.format, directory, found)
     verdict = check_written(reference, written, deployed) if options.verify else None
     if verdict is not None and verdict.lossy:
         found["sha256"] = digests(directory)
     note = None
-    if options.evaluate:
+    if isinstance(reference, Reference) and options.evaluate:
         with reference.context():
             loaded = loaded_export(reference, written)
             found |= {"measured_in": loaded.by.name, **reference.drift(loaded.model).to_dict()}

@@ -9,17 +9,17 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qtrain.config.schema import Config
 from qtrain.data.datamodule import LanguageData
 from qtrain.data.sample import Sample
-from qtrain.errors import ExportError
 from qtrain.evaluation.config import GenerateSection
 from qtrain.evaluation.drift import Drift, drift
 from qtrain.evaluation.generation import generate_ids
 from qtrain.models.dtype import DTYPES, resolve_dtypes
 from qtrain.models.load import load_model
+from qtrain.models.stored import stored_weights
 from qtrain.modules.deployed import DeployedModel
 from qtrain.ptq.activation_stats import Calibration
 from qtrain.training.module import LanguageModule
@@ -58,6 +58,15 @@ class Reference:
         return cls(config, module, module.model, data, storage, compute)
 
     @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Of the model."""
+        return self.module.tokenizer
+
+    def lines(self) -> list[str]:
+        """What was done, a fact a line."""
+        return self.module.method.lines(self.model)
+
+    @property
     def device(self) -> torch.device:
         """Where it computes."""
         return next(self.model.parameters()).device
@@ -80,9 +89,9 @@ class Reference:
         """
         weights: Mapping[str, Tensor] | None = None
         if base == "original":
-            if reason := self.module.method.why_no_original():
-                raise ExportError(reason, where="export.base=original", fix="leave export.base out")
-            weights = load_model(self.config.model, torch.float32).state_dict()
+            self.module.method.check_original()
+            stored = stored_weights(self.config.model, torch.float32)
+            weights = load_model(self.config.model, torch.float32).state_dict() if stored is None else stored[1]
         dtype = dtype or DTYPES.get(self.config.export.dtype, self.storage)
         return self.module.method.deployed(self.model, dtype=dtype, base=weights)
 

@@ -25,6 +25,7 @@ from qtrain.modules.deployed import DeployedModel
 from qtrain.report.write import write_report
 from qtrain.training.reference import Reference
 from qtrain.training.run_directory import RunDirectory
+from qtrain.training.streamed import StreamedRun
 
 STORED = {"float32": "fp32", "bfloat16": "bf16"}
 
@@ -34,7 +35,7 @@ def verify_run(config: Config, run: RunDirectory, exports: Sequence[ExportLocati
 
     ``config.export.evaluate`` false leaves out the part that runs the exports.
     """
-    reference = Reference.of(config, run)
+    reference = _unrun(config, run, exports) or Reference.of(config, run)
     verdicts = [_verify(reference, export) for export in exports]
     write_json(run.result("verify"), verdicts_json(verdicts))
     write_report(run.path)
@@ -46,10 +47,20 @@ def verdicts_json(verdicts: Sequence[Verdict]) -> dict[str, Any]:
     return {"passed": all(it.passed for it in verdicts), "exports": [it.to_dict() for it in verdicts]}
 
 
-def check_written(reference: Reference, export: ExportLocation, deployed: DeployedModel) -> Verdict:
+def _unrun(config: Config, run: RunDirectory, exports: Sequence[ExportLocation]) -> StreamedRun | None:
+    """The run from its files, where nothing is run and no format wants the model whole."""
+    if config.export.evaluate or not all(FORMATS.get(export.format).streams for export in exports):
+        return None
+    return StreamedRun.of(config, run, {_base(export) for export in exports})
+
+
+def _base(export: ExportLocation) -> str:
+    return "original" if export.facts.get("base") == "original" else "dequantized"
+
+
+def check_written(reference: Reference | StreamedRun, export: ExportLocation, deployed: DeployedModel) -> Verdict:
     """What the files of an export say, without running it."""
-    tokenizer = reference.module.tokenizer
-    verdict = check_export(export, deployed, tokenizer, progress_over("verifying"))
+    verdict = check_export(export, deployed, reference.tokenizer, progress_over("verifying"))
     exact = torch.float32 if verdict.merged else reference.storage
     rounded = not deployed.trained_codes and deployed.dtype != exact
     if rounded or export.facts.get("base") == "original":
@@ -87,17 +98,16 @@ def loaded_export(reference: Reference, export: ExportLocation) -> Loaded:
     return loaded
 
 
-def _verify(reference: Reference, export: ExportLocation) -> Verdict:
+def _verify(reference: Reference | StreamedRun, export: ExportLocation) -> Verdict:
     if FORMATS.get(export.format).takes == "trained":
-        assert isinstance(reference.model, PeftModel)
+        assert isinstance(reference, Reference) and isinstance(reference.model, PeftModel)
         return check_adapter(export.directory, reference.model, reference.module.tokenizer)
-    base = export.facts.get("base")
     deployed = reference.deployed(
-        base="original" if base == "original" else "dequantized",
+        base=_base(export),
         dtype=DTYPES.get(STORED.get(export.facts.get("dtype", ""), "")),
     )
     verdict = check_written(reference, export, deployed)
-    if reference.config.export.evaluate:
+    if isinstance(reference, Reference) and reference.config.export.evaluate:
         try:
             with reference.context():
                 loaded = loaded_export(reference, export)

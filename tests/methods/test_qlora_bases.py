@@ -274,7 +274,7 @@ def test_a_quantized_hub_id_is_downloaded(make_checkpoint: Callable[..., Any], m
     made = make_checkpoint(writer := Gptq(), writer.header)
     config = json.loads((made.directory / "config.json").read_text())
     monkeypatch.setattr("qtrain.methods.base.PretrainedConfig.get_config_dict", lambda *_, **__: (config, {}))
-    monkeypatch.setattr("qtrain.methods.base.snapshot_download", lambda *_, **__: str(made.directory))
+    monkeypatch.setattr("qtrain.models.stored.snapshot_download", lambda *_, **__: str(made.directory))
     options = QLoraOptions(base="checkpoint")
     section = ModelSection(path="someone/a-quantized-model")
     model = load_base(section, options, torch.float32, compute_dtype=torch.float32, device=CPU)

@@ -19,6 +19,7 @@ class GgufOptions(ExportSection):
     """
 
     implementation: ClassVar[str] = "qtrain.export.gguf.write:write"
+    streams: ClassVar[bool] = True
 
     quantize: Literal["none", "q4_0", "q8_0"] = Field(
         "none", description="blocks for a model that was not trained on codes; none: merged, in export.dtype"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -11,6 +11,8 @@ from qtrain.export.config import ExportSection
 
 class IntegerOptions(ExportSection):
     """How codes are chosen where none were trained; what was trained on codes is written with those."""
+
+    streams: ClassVar[bool] = True
 
     bits: int = Field(4, description="of a weight")
     symmetric: bool = Field(True, description="zero is in the middle of the codes; false keeps a zero point a group")

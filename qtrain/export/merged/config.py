@@ -13,6 +13,7 @@ class MergedOptions(ExportSection):
     """Unquantized weights with the trained change merged in, as a plain checkpoint."""
 
     implementation: ClassVar[str] = "qtrain.export.merged.write:write"
+    streams: ClassVar[bool] = True
 
     base: Literal["dequantized", "original"] = Field(
         "dequantized",

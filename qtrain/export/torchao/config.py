@@ -16,6 +16,7 @@ class TorchaoOptions(ExportSection):
     """
 
     implementation: ClassVar[str] = "qtrain.export.torchao.write:write"
+    streams: ClassVar[bool] = True
 
     def check_trained(self, layers: Iterable[TrainedLayer]) -> None:
         """By ``qtrain.export.torchao.trained``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -17,9 +18,13 @@ from qtrain.methods.packed.config import PackedOptions
 from qtrain.methods.packed.deployed import deployed_tensors
 from qtrain.methods.packed.lines import packed_lines
 from qtrain.methods.packed.pack import pack_layers
+from qtrain.methods.packed.streamed import StoredLayers
+from qtrain.methods.streamed import RunFiles, Streamed
+from qtrain.models.packed import packed_skeleton
 from qtrain.modules.deployed import DeployedModel
 from qtrain.modules.packed_identity import packed_layers
 from qtrain.modules.packed_linear import PackedLinear
+from qtrain.modules.scales import Scales
 
 Options = TypeVar("Options", bound=PackedOptions)
 
@@ -71,6 +76,27 @@ class PackedMethod(Method[Options]):
             dtype=dtype,
             trained_codes=True,
         )
+
+    def streamed(self, files: RunFiles) -> Streamed | None:
+        """Codes and ranges in RUN/base; what trained is put over them layer by layer."""
+        assert files.packed is not None  # kept always
+        found = packed_skeleton(files.packed, files.storage, attention=files.model.attention)
+        if found is None:
+            return None
+        skeleton, checkpoint, others = found
+        model = self.prepare(skeleton, compute_dtype=files.compute, device=torch.device("meta"), restoring=True)
+        scales = self.trained_scales(model, files)
+        live = partial(self.deployed, model)
+
+        def deployed(dtype: torch.dtype) -> DeployedModel:
+            layers = StoredLayers(checkpoint, others, scales, files.device)
+            return replace(live(dtype=dtype), tensors=lambda: layers.tensors(deployed_tensors(skeleton)))
+
+        return Streamed(model, deployed)
+
+    def trained_scales(self, model: nn.Module, files: RunFiles) -> Scales | None:
+        """What trained; None where that is nothing."""
+        return None
 
     def lines(self, model: nn.Module) -> list[str]:
         """What is packed to how many bytes, and by which start."""

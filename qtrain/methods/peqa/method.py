@@ -13,8 +13,10 @@ from qtrain.files import atomic_directory
 from qtrain.methods.method import Progress, Text
 from qtrain.methods.packed.method import PackedMethod
 from qtrain.methods.peqa.config import PeqaOptions
+from qtrain.methods.streamed import RunFiles
+from qtrain.models.quantized.header import read_header
 from qtrain.modules.packed_identity import packed_layers
-from qtrain.modules.scales import load_scales, save_scales, switch
+from qtrain.modules.scales import Scales, check_fit, load_scales, save_scales, switch
 
 
 class Peqa(PackedMethod[PeqaOptions]):
@@ -62,6 +64,14 @@ class Peqa(PackedMethod[PeqaOptions]):
     def restore(self, model: nn.Module, directory: Path) -> None:
         """Switch to the saved task; an error where it belongs to another base."""
         switch(model, load_scales(directory))
+
+    def trained_scales(self, model: nn.Module, files: RunFiles) -> Scales:
+        """The saved task; an error where it belongs to another base."""
+        assert files.packed is not None
+        scales = load_scales(files.trained)
+        header = read_header(files.packed) or {}
+        check_fit(scales, str(header.get("identity")), packed_layers(model))
+        return scales
 
     def lines(self, model: nn.Module) -> list[str]:
         """What is packed, and what trains."""

@@ -62,26 +62,28 @@ def _quantized(key: str, module: QuantLinear | QuantEmbedding, is_head: bool) ->
     linear = isinstance(module, QuantLinear) and not is_head
     shape = tuple(module.weight.shape)
     if not linear or not isinstance(module, QuantLinear):
-        return DeployedTensor(key, shape, False, partial(_on_levels, module))
+        return DeployedTensor(key, shape, False, partial(on_levels, module))
     codes = module.weight_quantizer is not None
     return DeployedTensor(
         key,
         shape,
         True,
-        partial(_on_levels, module),
+        partial(on_levels, module),
         spec=module.weight_quantizer.spec if module.weight_quantizer is not None else None,
-        record=partial(_record, module) if codes else None,
+        record=partial(record_of, module) if codes else None,
         activation=module.input_quantizer.spec if module.input_quantizer is not None else None,
     )
 
 
 @torch.no_grad()
-def _on_levels(module: QuantLinear | QuantEmbedding) -> Tensor:
+def on_levels(module: QuantLinear | QuantEmbedding) -> Tensor:
+    """The weight that is multiplied."""
     return module.quantized_weight().detach()
 
 
 @torch.no_grad()
-def _record(module: QuantLinear) -> LinearRecord:
+def record_of(module: QuantLinear) -> LinearRecord:
+    """Codes and ranges as the last forward used them."""
     assert module.weight_quantizer is not None
     codes, qparams = module.codes()
     quantizer = module.input_quantizer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,6 +23,10 @@ from qtrain.methods.qat.deployed import deployed_cache, deployed_tensors
 from qtrain.methods.qat.lines import described, start_line
 from qtrain.methods.qat.serving import serving_notes
 from qtrain.methods.qat.start import begin_at, copied_parameters, moved_since, with_parameters
+from qtrain.methods.qat.streamed import TrainedLayers
+from qtrain.methods.streamed import RunFiles, Streamed
+from qtrain.models.quantized.tensors import TensorFiles
+from qtrain.models.stored import stored_weights
 from qtrain.modules.calibrate import calibrate
 from qtrain.modules.deployed import DeployedModel
 from qtrain.modules.kv.prepare import has_cache_scales, kv_quantizers, prepare_kv
@@ -140,7 +145,8 @@ class Qat(Method[QatOptions]):
         plain = self.plain_model(model)
         specs = {name: quantizer.spec.to_dict() for name, quantizer in quantizers(model)}
         with atomic_directory(directory) as temporary:
-            save_file(_own_tensors(plain), str(temporary / "model.safetensors"), metadata={"format": "pt"})
+            own = {name: tensor.cpu().contiguous() for name, tensor in _own_tensors(plain).items()}
+            save_file(own, str(temporary / "model.safetensors"), metadata={"format": "pt"})
             plain.config.save_pretrained(temporary)
             write_json(temporary / "quantizers.json", specs)
 
@@ -152,8 +158,11 @@ class Qat(Method[QatOptions]):
         """
         plain = self.plain_model(model)
         saved = load_file(str(directory / "model.safetensors"))
-        own = {name: tuple(tensor.shape) for name, tensor in _own_tensors(plain).items()}
-        there = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+        self._check_fit(plain, directory, {name: tuple(tensor.shape) for name, tensor in saved.items()})
+        plain.load_state_dict(saved, strict=False)
+
+    def _check_fit(self, model: PreTrainedModel, directory: Path, there: Mapping[str, tuple[int, ...]]) -> None:
+        own = {name: tuple(tensor.shape) for name, tensor in _own_tensors(model).items()}
         specs = {name: quantizer.spec.to_dict() for name, quantizer in quantizers(model)}
         known = json.loads((directory / "quantizers.json").read_text(encoding="utf-8"))
         different = sorted(there.items() ^ own.items()) or sorted(
@@ -168,7 +177,6 @@ class Qat(Method[QatOptions]):
                 where=str(directory),
                 rule="method.weight, method.activation, method.kv_cache and model.path must be those of the training",
             )
-        plain.load_state_dict(saved, strict=False)
 
     def plain_model(self, model: nn.Module) -> PreTrainedModel:
         """The model itself: its layers were swapped, not wrapped."""
@@ -198,6 +206,23 @@ class Qat(Method[QatOptions]):
             notes=serving_notes(self.options),
             cache=deployed_cache(plain, self.options.kv_cache),
         )
+
+    def streamed(self, files: RunFiles) -> Streamed | None:
+        """Each layer from what was saved of it, and from ``model.path`` where the base is frozen under adapters."""
+        stored = stored_weights(files.model, files.storage)
+        if stored is None:
+            return None
+        skeleton, base = stored
+        self.prepare(skeleton, compute_dtype=files.compute, device=torch.device("meta"), restoring=True)
+        layers = TrainedLayers(skeleton, TensorFiles(files.trained), base, files.device)
+        self._check_fit(skeleton, files.trained, layers.saved)
+        layers.fill_caches()
+        live = partial(self.deployed, skeleton)
+
+        def deployed(dtype: torch.dtype) -> DeployedModel:
+            return replace(live(dtype=dtype), tensors=lambda: layers.tensors(deployed_tensors(skeleton)))
+
+        return Streamed(skeleton, deployed)
 
     def serve(self, model: nn.Module, exported: PreTrainedModel) -> None:
         """Keys and values on the levels of the training, unless a checkpoint's own scales do that."""
@@ -289,15 +314,15 @@ def _plain_config(model: PreTrainedModel) -> Any:
 
 
 def _own_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The state dict less a frozen base and tied duplicates, contiguous and on the CPU."""
+    """The state dict less a frozen base and tied duplicates."""
     ranges = {id(parameter) for _, quantizer in quantizers(model) for parameter in quantizer.parameters(recurse=False)}
     every = model.named_parameters(remove_duplicate=False)
     frozen = {name for name, parameter in every if not parameter.requires_grad and id(parameter) not in ranges}
     seen: set[int] = set()
     kept = {}
-    for name, tensor in model.state_dict().items():
-        if name in frozen or (tensor.data_ptr() in seen and tensor.numel()):
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in frozen or id(tensor) in seen:
             continue
-        seen.add(tensor.data_ptr())
-        kept[name] = tensor.detach().cpu().contiguous()
+        seen.add(id(tensor))
+        kept[name] = tensor.detach()
     return kept

@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 from peft.tuners.lora import LoraLayer
+from torch import nn
 from transformers import PreTrainedModel
 
 from qtrain.methods.qlora.layers import linear_layers
@@ -21,7 +22,8 @@ def deployed_tensors(model: PreTrainedModel, base: Mapping[str, torch.Tensor]) -
     """Tensors by the names of the plain architecture, adapters merged.
 
     Args:
-        base: weights by name, each in place of the model's own; where there is none, that is dequantized.
+        base: weights by name, each in place of the model's own; where there is none, that is dequantized. They are
+            looked up when they are computed with.
     """
     head = model.get_output_embeddings()
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
@@ -34,11 +36,20 @@ def deployed_tensors(model: PreTrainedModel, base: Mapping[str, torch.Tensor]) -
             key = f"{name}.{kind}" if name else kind
             if kind == "weight" and name in linear and (module is not head or frozen_kind(inner)):
                 shape = (int(inner.out_features), int(inner.in_features))  # type: ignore[arg-type]
-                yield DeployedTensor(key, shape, module is not head, partial(merged_weight, module, base.get(key)))
+                yield DeployedTensor(key, shape, module is not head, partial(_merged, module, base, key))
             elif kind == "bias" or not isinstance(inner, PackedLinear):  # its ranges are in the weight
-                yield DeployedTensor(key, tuple(tensor.shape), False, base.get(key, tensor).detach)
+                yield DeployedTensor(key, tuple(tensor.shape), False, partial(_plain, tensor, base, key))
         if isinstance(inner, PackedLinear):
             continue
         for kind, buffer in inner.named_buffers(recurse=False):
             if kind not in inner._non_persistent_buffers_set:
-                yield DeployedTensor(f"{name}.{kind}", tuple(buffer.shape), False, buffer.detach)
+                key = f"{name}.{kind}"
+                yield DeployedTensor(key, tuple(buffer.shape), False, partial(_plain, buffer, base, key))
+
+
+def _merged(module: nn.Module, base: Mapping[str, torch.Tensor], key: str) -> torch.Tensor:
+    return merged_weight(module, base.get(key))
+
+
+def _plain(tensor: torch.Tensor, base: Mapping[str, torch.Tensor], key: str) -> torch.Tensor:
+    return base.get(key, tensor).detach()

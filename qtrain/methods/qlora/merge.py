@@ -18,21 +18,18 @@ def merged_weight(layer: nn.Module, base: torch.Tensor | None = None) -> torch.T
         base: a W to merge into instead of the layer's own, dequantized one.
     """
     inner = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
-    weight = dense_weight(inner) if base is None else base.to(_device(inner), torch.float32)
+    weight = dense_weight(inner) if base is None else base.to(torch.float32)
     if not isinstance(layer, LoraLayer):
         return weight
     for name in layer.active_adapters:
         a, b = layer.lora_A[name], layer.lora_B[name]
         assert isinstance(a, nn.Linear) and isinstance(b, nn.Linear)
         with torch.no_grad():
-            merged = weight + layer.scaling[name] * (b.weight.float() @ a.weight.float())
+            merged = (b.weight.float() @ a.weight.float()).mul_(layer.scaling[name])
+            merged.add_(weight.to(merged.device))
             if name in layer.lora_magnitude_vector:
                 dora = layer.lora_magnitude_vector[name]
                 assert isinstance(dora, DoraLinearLayer)
-                merged = merged * (dora.weight.float() / merged.norm(dim=1))[:, None]
+                merged.mul_((dora.weight.float() / merged.norm(dim=1))[:, None])
         weight = merged
     return weight
-
-
-def _device(layer: nn.Module) -> torch.device:
-    return next(layer.parameters()).device

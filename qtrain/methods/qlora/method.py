@@ -26,6 +26,9 @@ from qtrain.methods.qlora.deployed import deployed_tensors
 from qtrain.methods.qlora.layers import linear_layers, target_names
 from qtrain.methods.qlora.neftune import add_neftune
 from qtrain.methods.qlora.orthogonal import start_orthogonal
+from qtrain.methods.qlora.streamed import frozen_base
+from qtrain.methods.streamed import RunFiles, Streamed
+from qtrain.models.stored import stored_weights
 from qtrain.modules.deployed import DeployedModel
 from qtrain.modules.frozen_linear import frozen_kind, quantize_base
 from qtrain.modules.packed_identity import packed_layers
@@ -172,10 +175,33 @@ class QLora(Method[QLoraOptions]):
             )
         if base is not None and (reason := self.why_no_original()):
             raise ExportError(reason, fix="export.base=dequantized")
+        return self._merged_into(model, base or {}, dtype)
+
+    def streamed(self, files: RunFiles) -> Streamed | None:
+        """Adapters in memory, the base in its files, each layer quantized anew where the base is."""
+        found = frozen_base(self.options, files)
+        if found is None:
+            return None
+        skeleton, weights = found
+        if files.original:
+            stored = stored_weights(files.model, torch.float32)
+            if stored is None:
+                return None
+            weights = stored[1]
+        model = self.prepare(skeleton, compute_dtype=files.compute, device=torch.device("meta"), restoring=True)
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer):
+                for part in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
+                    part.to_empty(device=files.device)
+        self.restore(model, files.trained)
+        return Streamed(model, partial(self._merged_into, model, weights))
+
+    def _merged_into(self, model: nn.Module, base: Mapping[str, torch.Tensor], dtype: torch.dtype) -> DeployedModel:
+        inner = self.plain_model(model)
         return DeployedModel(
             config=inner.config,
             generation_config=inner.generation_config,
-            tensors=lambda: deployed_tensors(inner, base or {}),
+            tensors=lambda: deployed_tensors(inner, base),
             dtype=dtype,
             notes=self._notes(inner),
             adapted=model if isinstance(model, PeftModel) else None,

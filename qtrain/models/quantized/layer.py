@@ -39,12 +39,14 @@ class QuantizedLayer:
         load: reads them; nothing is held before the call or after it.
         inputs: None where the consumer leaves inputs in 16 bits.
         whole_zero_points: False where the record's zero points are fp32: HQQ's, which no integer kernel takes.
+        outliers: how many weights lie beside the codes.
     """
 
     spec: QuantSpec
     load: Callable[[], LinearRecord]
     inputs: InputScheme | None = None
     whole_zero_points: bool = True
+    outliers: int = 0
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,9 @@ def read(tensors: TensorFiles, header: Mapping[str, Any], linears: Mapping[str, 
                 words = [1, words_of(shape[0] * shape[1], spec.bits)]
                 tensors.check(points, words if whole else shape, [torch.int32, torch.float32], what)
             scheme = None if inputs is None else InputScheme(inputs, _input_range(tensors, name))
-            layers[name] = QuantizedLayer(spec, partial(_record, tensors, name, spec, n, k), scheme, whole)
+            beside = f"{name}.outlier_index"
+            outliers = tensors.shape(beside)[0] if beside in tensors else 0
+            layers[name] = QuantizedLayer(spec, partial(_record, tensors, name, spec, n, k), scheme, whole, outliers)
             taken |= {f"{name}.{part}" for part in PARTS} & set(tensors)
     return Reading(layers, frozenset(taken), "qtrain's packed integers")
 

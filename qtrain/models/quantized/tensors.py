@@ -119,9 +119,10 @@ class TensorFiles:
         return found
 
     def get(self, name: str) -> Tensor:
-        """The tensor, on the CPU."""
+        """The tensor, on the CPU; what was read of the file for it leaves the memory when it does."""
         self._slice(name)
-        tensor: Tensor = self._files[name].get_tensor(name)
+        with safe_open(self._paths[name], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
         return tensor
 
     def scale(self, name: str) -> Tensor:
