@@ -126,6 +126,15 @@ def test_the_card_says_who_reads_them(
     assert result["notes"][0] in card and ("`vllm serve DIRECTORY`" in card) == vllm
 
 
+@pytest.mark.parametrize(("size", "vllm"), [(None, True), (32, False)])
+def test_int8_in_groups_beside_int8_inputs_is_none_of_vllms(
+    tmp_path: Path, tiny_model: Build, qat_trained: Train, size: int | None, vllm: bool
+) -> None:
+    options = {"weight": {"format": "int8", "group_size": size}, "activation": {"format": "int8"}}
+    method, model, _ = qat_trained(tiny_model(), options)
+    assert exported(method, model, tmp_path / "out")["vllm"] == vllm
+
+
 def test_who_loads_it_here_adds_no_second_quantizer(tmp_path: Path, tiny_model: Build, qat_trained: Train) -> None:
     method, model, _ = qat_trained(tiny_model(), options_of("int8"))
     exported(method, model, tmp_path / "out")

@@ -59,7 +59,7 @@ def needed_changes(section: KVCacheSection) -> dict[str, str]:
     return changes
 
 
-def served_by_vllm(section: KVCacheSection) -> bool:
+def cache_served_by_vllm(section: KVCacheSection) -> bool:
     """Whether vLLM loads a checkpoint with such ranges: its one cache with ranges of a checkpoint is fp8 (0.32)."""
     return cache_spec(section).is_float
 

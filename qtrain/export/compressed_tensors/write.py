@@ -10,10 +10,10 @@ from transformers import PreTrainedTokenizerBase
 
 from qtrain.export.compressed_tensors.cache_scales import with_cache_scales
 from qtrain.export.compressed_tensors.config import CompressedTensorsOptions
-from qtrain.export.compressed_tensors.kv_cache import cache_notes, served_by_vllm
+from qtrain.export.compressed_tensors.kv_cache import cache_notes, cache_served_by_vllm
 from qtrain.export.compressed_tensors.layer import byte_tensors, packed_tensors
 from qtrain.export.compressed_tensors.scheme import quantization_config
-from qtrain.export.integers.plan import plan_model
+from qtrain.export.integers.plan import Plan, plan_model
 from qtrain.export.integers.write import Layout, write_integers
 from qtrain.export.writer import Progress
 from qtrain.modules.deployed import DeployedModel
@@ -49,7 +49,7 @@ def write(
         lambda name, record: tensors_of(record, model.dtype),
         header,
         notes=() if cache is None else cache_notes(cache, plan.specs.values()),
-        vllm=cache is None or served_by_vllm(cache),
+        vllm=_served_by_vllm(plan) and (cache is None or cache_served_by_vllm(cache)),
     )
     return write_integers(
         model,
@@ -63,3 +63,9 @@ def write(
         progress=progress,
         resume=resume,
     )
+
+
+def _served_by_vllm(plan: Plan) -> bool:
+    """Whether vLLM has a scheme for the layers: beside int8 inputs its int8 weights have no groups (0.32)."""
+    inputs = plan.activation is not None
+    return not any(inputs and spec.format == "int8" and spec.group_size for spec in plan.specs.values())
