@@ -26,7 +26,8 @@ def use_int8_products(built: Path, export: Path, directory: Path) -> list[str]:
     """Write ``directory``: the graph that onnxruntime-genai's builder made, with the layers of a W8A8 export in int8.
 
     y = s_x s_w ((u - z) q^T), the sum by ``MatMulInteger``. Inputs become codes in the graph as they did in training:
-    each token by its own extremes, or by the static range. The whole graph is in memory.
+    each token by its own extremes, or by the static range. The whole graph is in memory. Exact on CPUs with VNNI; on
+    others it was not tried, and the kernels that were (oneDNN's) saturate.
 
     Args:
         built: ``python -m onnxruntime_genai.models.builder -p fp32 -e cpu`` of the run's ``export.format=merged``.
