@@ -108,6 +108,14 @@ class Method(ABC, Generic[Options]):
         if reason := self.why_no_original():
             raise ExportError(reason, where="export.base=original", fix="leave export.base out")
 
+    def fuse(self, model: nn.Module, context: Context) -> str | None:
+        """Let blocks of layers run as one function in training, in place; what was done, in words, or None.
+
+        Args:
+            context: what forward passes run in, such as the training's autocast.
+        """
+        return None
+
     def serve(self, model: nn.Module, exported: PreTrainedModel) -> None:
         """Switch on in a loaded export what its consumer does by a run-time flag: no checkpoint holds it."""
 

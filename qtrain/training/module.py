@@ -76,6 +76,7 @@ class LanguageModule(L.LightningModule):
         self.method = build_method(config.method)
         self.model: nn.Module | None = None
         self.loss_path = self.fused = ""
+        self.blocks: str | None = None
         self._base, self._tokenizer, self._progress = base, tokenizer, progress
         self._packed, self._scratch, self._restoring = packed, scratch, restoring
         self._loss: Loss | None = None
@@ -149,10 +150,9 @@ class LanguageModule(L.LightningModule):
             plain.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         # Ranges that calibration will find are not there yet, and what is looked at here does not depend on them.
         unready = any(not quantizer.ready for _, quantizer in quantizers(plain))
-        with (
-            full_precision(plain) if unready else nullcontext(),
-            torch.autocast(device.type, dtype=torch.bfloat16, enabled=compute == torch.bfloat16),
-        ):
+        context = partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=compute == torch.bfloat16)
+        with full_precision(plain) if unready else nullcontext(), context():
+            self.blocks = self.method.fuse(self.model, context)
             self._loss, self.loss_path = choose_loss(plain)
             self._objective = self._loss
             if section.loss != "none":

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from qtrain.errors import ExportError, ModelError
 from qtrain.files import atomic_directory
 from qtrain.methods.config import KEPT
-from qtrain.methods.method import Method, Progress, Text
+from qtrain.methods.method import Context, Method, Progress, Text
 from qtrain.methods.packed.lines import packed_lines
 from qtrain.methods.packed.pack import pack_layers
 from qtrain.methods.qlora.config import QLoraOptions
@@ -31,6 +31,7 @@ from qtrain.methods.streamed import RunFiles, Streamed
 from qtrain.models.stored import stored_weights
 from qtrain.modules.deployed import DeployedModel
 from qtrain.modules.frozen_linear import frozen_kind, quantize_base
+from qtrain.modules.fused_blocks import fuse_blocks
 from qtrain.modules.packed_identity import packed_layers
 
 ADAPTER = "default"
@@ -112,6 +113,10 @@ class QLora(Method[QLoraOptions]):
         if options.neftune_alpha is not None:
             add_neftune(model, options.neftune_alpha)
         return adapted
+
+    def fuse(self, model: nn.Module, context: Context) -> str:
+        """Adapters that share an input, and gated MLPs."""
+        return fuse_blocks(self.plain_model(model), context, self.options.fused_blocks)
 
     def parameter_groups(self, model: nn.Module, lr: float) -> list[dict[str, Any]]:
         """One group, or A and B apart with B's rate ``loraplus_ratio`` times A's (Hayou 2024, arXiv 2402.12354)."""

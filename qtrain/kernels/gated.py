@@ -1,0 +1,47 @@
+"""h = f(g) * u, and its backward with h computed again: a gated layer keeps g and u, never h."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+try:
+    from qtrain.kernels import gated_tiles
+except ImportError:  # Triton comes with torch where there is a GPU
+    gated_tiles = None  # type: ignore[assignment]
+
+Activation = Callable[[Tensor], Tensor]
+
+
+def gated(activation: Activation, gate: Tensor, up: Tensor) -> Tensor:
+    """f(g) * u of equal shapes, for any f that looks at one number at a time; ``F.silu`` has a kernel (SwiGLU)."""
+    if _one_pass(activation, gate):
+        return gated_tiles.forward(gate, up)
+    return activation(gate).mul(up)
+
+
+def gated_backward(activation: Activation, gate: Tensor, up: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(h, dL/dg, dL/du) from g, u and dL/dh: h for the gradient of what multiplied it."""
+    if _one_pass(activation, gate):
+        return gated_tiles.backward(gate, up, gradient)
+    if activation is F.silu:
+        opened = F.silu(gate)
+        d_gate: Tensor = torch.ops.aten.silu_backward(gradient * up, gate)
+        return opened * up, d_gate, opened.mul_(gradient)
+    with torch.enable_grad():
+        g, u = gate.detach().requires_grad_(), up.detach().requires_grad_()
+        h = activation(g) * u
+        d_gate, d_up = torch.autograd.grad(h, (g, u), gradient)
+    return h.detach(), d_gate, d_up
+
+
+def gated_path(device: torch.device) -> str:
+    """Which of the two runs there, in words."""
+    return "one pass" if gated_tiles is not None and device.type == "cuda" else "plain"
+
+
+def _one_pass(activation: Activation, gate: Tensor) -> bool:
+    return gated_tiles is not None and activation is F.silu and gated_tiles.fits(gate)

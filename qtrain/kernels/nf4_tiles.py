@@ -1,0 +1,82 @@
+"""bitsandbytes' 4 bits to numbers in one pass over memory: half a byte read and a number written for each.
+
+The Triton twin of ``dequantize_4bit`` (qtrain.kernels.nf4_dequantize), block scales in 8 bits and all; the same bits,
+because products and sums are rounded one by one, as they are there. A thread reads a word of eight codes and writes
+their numbers side by side, so that reads and writes are whole lines.
+"""
+
+# mypy: disallow-untyped-decorators=False, warn-unused-ignores=False
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from bitsandbytes.functional import QuantState
+from torch import Tensor
+
+from qtrain.kernels.quantize_rows import _to
+
+WORDS = 512
+"""Words of eight codes in a tile."""
+
+
+def fits(words: Tensor, state: QuantState, out: Tensor) -> bool:
+    """Whether the kernel knows this weight: whole words of eight codes, contiguous, on a GPU."""
+    numbers = out.numel()
+    whole = numbers > 0 and numbers % 8 == 0 and words.nbytes * 2 == numbers and words.data_ptr() % 4 == 0
+    known = out.is_cuda and out.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    nested = not state.nested or state.state2.code.dtype == torch.float32
+    return known and whole and nested and words.is_contiguous() and out.is_contiguous() and state.blocksize % 8 == 0
+
+
+def dequantize(words: Tensor, state: QuantState, out: Tensor) -> Tensor:
+    """W in ``out``."""
+    count = out.numel() // 8
+    second = state.state2 if state.nested else state
+    _dequantize[(triton.cdiv(count, WORDS),)](
+        words.reshape(-1).view(torch.int32),
+        out,
+        state.code,
+        state.absmax,
+        second.code,
+        second.absmax,
+        state.offset if state.nested else state.code,
+        count,
+        PER_BLOCK=state.blocksize // 8,
+        SECOND=second.blocksize,
+        NESTED=state.nested,
+        WORDS=WORDS,
+        enable_fp_fusion=False,  # a fused multiply-add rounds once where bitsandbytes rounds twice
+    )
+    return out
+
+
+@triton.jit
+def _dequantize(  # type: ignore[no-untyped-def]
+    words_ptr,
+    out_ptr,
+    code_ptr,
+    absmax_ptr,
+    second_code_ptr,
+    second_absmax_ptr,
+    offset_ptr,
+    count,
+    PER_BLOCK: tl.constexpr,
+    SECOND: tl.constexpr,
+    NESTED: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    word = tl.program_id(0).to(tl.int64) * WORDS + tl.arange(0, WORDS)
+    there = word < count
+    bits = tl.load(words_ptr + word, mask=there, other=0)
+    block = word // PER_BLOCK
+    absmax = tl.load(absmax_ptr + block, mask=there, other=0)
+    if NESTED:
+        largest = tl.load(second_absmax_ptr + block // SECOND, mask=there, other=0.0)
+        absmax = tl.load(second_code_ptr + absmax.to(tl.int32)) * largest + tl.load(offset_ptr)
+    number = tl.arange(0, 8)
+    # Bytes lie from the lowest up, and in each the first of two codes is the upper half.
+    codes = (bits[:, None] >> (4 * (number ^ 1))[None, :]) & 15
+    weight = tl.load(code_ptr + codes) * absmax[:, None]
+    place = word[:, None] * 8 + number[None, :]
+    tl.store(out_ptr + place, _to(weight, out_ptr.dtype.element_ty), mask=there[:, None])

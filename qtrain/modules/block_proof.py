@@ -1,0 +1,100 @@
+"""Whether a block of kernels gives what the layers give that it stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qtrain.modules.fused_layers import Member
+
+Context = Callable[[], AbstractContextManager[Any]]
+Run = Callable[[Tensor], tuple[Tensor, ...] | None]
+TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+"""Of a norm, by the dtype of the products: a few times what TF32 and bf16 come to (8e-3 over bf16, measured)."""
+
+
+class BlockProof:
+    """Compares outputs and gradients on random numbers of two magnitudes, once for blocks of the same kind.
+
+    Args:
+        context: what training runs in, such as its autocast.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._verdicts: dict[object, tuple[bool, bool]] = {}
+
+    def holds(self, kind: object, layers: Run, block: Run, members: Sequence[Member], like: Tensor) -> bool:
+        """Whether ``block`` is ``layers`` but for rounding; tells the members which dtype their outputs have.
+
+        Args:
+            kind: equal for blocks of which one is as good a witness as another.
+            members: whose factors B are drawn at random for as long, since they begin at zero.
+            like: an input [.., in] as the layers are given it.
+        """
+        if kind not in self._verdicts:
+            self._verdicts[kind] = self._compare(layers, block, members, like)
+        equal, follows = self._verdicts[kind]
+        for member in members:
+            member.follows_input = follows
+        return equal
+
+    def _compare(self, layers: Run, block: Run, members: Sequence[Member], like: Tensor) -> tuple[bool, bool]:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(like.shape, generator=generator)
+        x[..., ::2, :] *= 30.0  # where clamps and soft caps show
+        x = x.to(like.device, like.dtype)
+        with _stirred(members, generator):
+            wanted = self._outcome(layers, x, members)
+            assert wanted is not None
+            follows = wanted[0].dtype == x.dtype
+            for member in members:
+                member.follows_input = follows
+            found = self._outcome(block, x, members)
+        tolerance = TOLERANCES[self._product_dtype(x)]
+        return found is not None and all(_near(*pair, tolerance) for pair in zip(found, wanted, strict=True)), follows
+
+    def _product_dtype(self, x: Tensor) -> torch.dtype:
+        with self._context():
+            return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+    def _outcome(self, run: Run, x: Tensor, members: Sequence[Member]) -> list[Tensor] | None:
+        """Outputs, and gradients of x and of the factors."""
+        x = x.clone().requires_grad_()
+        with torch.enable_grad(), self._context():
+            ys = run(x)
+        if ys is None:
+            return None
+        factors = [factor for member in members for factor in (member.linear().a, member.linear().b)]
+        generator = torch.Generator().manual_seed(1)
+        upper = [torch.randn(y.shape, generator=generator).to(y.device, y.dtype) for y in ys]
+        return [*ys, *torch.autograd.grad(ys, (x, *factors), upper)]
+
+
+@contextmanager
+def _stirred(members: Sequence[Member], generator: torch.Generator) -> Iterator[None]:
+    factors = [member.linear().b for member in members]
+    kept = [b.detach().clone() for b in factors]
+    try:
+        with torch.no_grad():
+            for b in factors:
+                b.copy_(torch.randn(b.shape, generator=generator).mul_(0.1))
+        yield
+    finally:
+        with torch.no_grad():
+            for b, own in zip(factors, kept, strict=True):
+                b.copy_(own)
+
+
+def _near(found: Tensor, wanted: Tensor, tolerance: float) -> bool:
+    """By rows where there are tokens, else as a whole; a factor's gradient has rows of noise."""
+    if found.shape != wanted.shape or found.dtype != wanted.dtype:
+        return False
+    one, other = found.detach().double(), wanted.detach().double()
+    if one.ndim == 2:
+        one, other = one.flatten(), other.flatten()
+    return bool(((one - other).norm(dim=-1) <= tolerance * other.norm(dim=-1)).all())

@@ -1,0 +1,127 @@
+"""Frozen layers as blocks of kernels multiply with them: the dense weight for a moment, in memory used again."""
+
+from __future__ import annotations
+
+import bitsandbytes as bnb
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qtrain.kernels.lora_product import FrozenWeight
+from qtrain.kernels.nf4_dequantize import Dequantize
+from qtrain.modules.frozen_linear import frozen_kind
+from qtrain.modules.packed_linear import PackedLinear
+
+
+class Workspace:
+    """Memory for one dense weight at a time, as large as the largest so far.
+
+    Work on one stream runs in order, so that a weight is read before the next takes its place; each stream has its own.
+    """
+
+    def __init__(self) -> None:
+        self._memory: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
+
+    def take(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """[out, in], its content whatever was there."""
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        key, size = (device, dtype, stream), shape[0] * shape[1]
+        memory = self._memory.get(key)
+        if memory is None or memory.numel() < size:
+            self._memory.pop(key, None)
+            memory = self._memory[key] = torch.empty(size, dtype=dtype, device=device)
+        return memory[:size].view(shape)
+
+    def nbytes(self) -> int:
+        """Held by now."""
+        return sum(memory.nbytes for memory in self._memory.values())
+
+
+class FourBit:
+    """NF4 or FP4."""
+
+    def __init__(self, layer: bnb.nn.Linear4bit, workspace: Workspace, dequantize: Dequantize) -> None:
+        self._layer, self._workspace, self._dequantize = layer, workspace, dequantize
+
+    def product(self, x: Tensor) -> Tensor:
+        """x W^T + b."""
+        return F.linear(x, self.weight(x.dtype), _bias(self._layer, x.dtype))
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """W, overwritten by the next one."""
+        words = self._layer.weight
+        assert isinstance(words, bnb.nn.Params4bit)
+        state = words.quant_state
+        stored = torch.float32 if dtype == torch.float64 else dtype
+        out = self._workspace.take(tuple(state.shape), stored, words.device)
+        return self._dequantize(words, state, out).to(dtype)
+
+
+class Int8:
+    """LLM.int8(): the layer's own product, inputs in int8 and outlier columns included where it has them so."""
+
+    def __init__(self, layer: bnb.nn.Linear8bitLt) -> None:
+        self._layer = layer
+
+    def product(self, x: Tensor) -> Tensor:
+        """As the layer has it."""
+        y: Tensor = self._layer(x)
+        return y
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """q SCB / 127, as bitsandbytes' own backward takes it."""
+        codes, largest = self._layer.state.CB, self._layer.state.SCB
+        assert codes is not None and largest is not None
+        return codes.to(dtype, copy=True).mul_(largest.unsqueeze(1).mul(1.0 / 127.0))
+
+
+class Packed:
+    """Packed integers."""
+
+    def __init__(self, layer: PackedLinear) -> None:
+        self._layer = layer
+
+    def product(self, x: Tensor) -> Tensor:
+        """x W^T + b."""
+        return F.linear(x, self.weight(x.dtype), _bias(self._layer, x.dtype))
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """(q - z) s."""
+        return self._layer.dense_weight(dtype)
+
+
+class Dense:
+    """Plain numbers."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        self._layer = layer
+
+    def product(self, x: Tensor) -> Tensor:
+        """x W^T + b."""
+        return F.linear(x, self.weight(x.dtype), _bias(self._layer, x.dtype))
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """W itself where it has that dtype."""
+        return self._layer.weight.to(dtype)
+
+
+def frozen_weight(layer: nn.Module, workspace: Workspace, dequantize: Dequantize) -> FrozenWeight | str:
+    """The weight of a frozen linear, or in words why no block takes it."""
+    if any(parameter.requires_grad for parameter in layer.parameters()):
+        return "the layer under the adapter trains"
+    if isinstance(layer, PackedLinear):
+        return Packed(layer) if layer.input_quantizer is None else "the base quantizes its inputs"
+    if isinstance(layer, bnb.nn.Linear4bit):
+        state = getattr(layer.weight, "quant_state", None)
+        if state is None or getattr(state, "packing_format_for_cpu", False):
+            return "4-bit weights in a layout of their own"
+        return FourBit(layer, workspace, dequantize)
+    if isinstance(layer, bnb.nn.Linear8bitLt):
+        return Int8(layer) if layer.state.CB is not None else "int8 weights that are not quantized yet"
+    if type(layer) is nn.Linear:
+        return Dense(layer)
+    return f"no dense weight of {frozen_kind(layer) or type(layer).__name__}"
+
+
+def _bias(layer: nn.Linear, dtype: torch.dtype) -> Tensor | None:
+    return None if layer.bias is None else layer.bias.to(dtype)

@@ -1,0 +1,209 @@
+"""Which LoRA linears of a decoder run as one block: seen by watching it, taken where a block proves equal."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from itertools import permutations
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from qtrain.kernels.gated import Activation, gated_path
+from qtrain.kernels.nf4_dequantize import Dequantize, choose_dequantize
+from qtrain.modules.block_proof import BlockProof
+from qtrain.modules.eval_mode import eval_mode
+from qtrain.modules.frozen_linear import frozen_kind
+from qtrain.modules.frozen_weight import Workspace, frozen_weight
+from qtrain.modules.fused_layers import GatedMlp, Member, SharedInput
+
+PROBE_TOKENS = 8
+
+
+def fuse_blocks(model: PreTrainedModel, context: Callable[[], AbstractContextManager[Any]], asked: str) -> str:
+    """Let LoRA linears that share an input, and gated MLPs, run as one autograd function each in training, in place.
+
+    What shares an input is seen in a forward pass of 8 tokens; each kind of block is then compared with PEFT's layers.
+
+    Args:
+        context: what training runs in, such as its autocast.
+        asked: ``auto``; ``all`` with kernels that no measurement has shown to be faster too; ``none``.
+
+    Returns:
+        What runs fused over which base, and what does not and why, in words.
+    """
+    if asked == "none":
+        return "as PEFT has them (method.fused_blocks=none)"
+    device = next(model.parameters()).device
+    dequantize, by = choose_dequantize(device, tiles=asked == "all")
+    with eval_mode(model):
+        try:
+            inputs = _inputs(model, context)
+        except (AttributeError, TypeError, ValueError, NotImplementedError) as error:
+            return f"as PEFT has them: no forward pass of {PROBE_TOKENS} tokens ({' '.join(str(error).split())[:80]})"
+        fused = _Fused(BlockProof(context), dequantize)
+        for parent, groups in _by_parent(model, inputs, fused.refused).items():
+            fused.take(parent, groups)
+    return fused.words(device, by)
+
+
+class _Fused:
+    """What was fused so far, and what not."""
+
+    def __init__(self, proof: BlockProof, dequantize: Dequantize) -> None:
+        self.refused: Counter[str] = Counter()
+        self._proof, self._dequantize, self._workspace = proof, dequantize, Workspace()
+        self._blocks: Counter[str] = Counter()
+        self._bases: Counter[str] = Counter()
+        self._notes: dict[str, None] = {}
+
+    def take(self, parent: nn.Module, groups: Sequence[Mapping[str, Tensor]]) -> None:
+        """Blocks in place of the layers of one module, each group by name with the tensor that all of it is given."""
+        blocks: list[tuple[SharedInput, Tensor]] = []
+        for group in groups:
+            members = [member for name in group if (member := self._member(parent, name)) is not None]
+            if not members:
+                continue
+            block, x = SharedInput(members), next(iter(group.values()))
+            if self._proof.holds(tuple(map(_kind, members)), block.alone, block.outputs, members, x):
+                blocks.append((block, x))
+            else:
+                self.refused["a block whose results differ"] += len(members)
+        mlp = self._mlp(parent, blocks)
+        for block, _ in blocks:
+            block.install()
+            self._bases.update(_base_kind(member) for member in block.members)
+            if len(block.members) > 1 and any(isinstance(member.dropout_layer, nn.Dropout) for member in block.members):
+                self._notes["one dropout mask for layers that share an input"] = None
+        if mlp is not None:
+            mlp.install()
+            self._blocks["MLP"] += 1
+            if mlp.activation is F.silu:
+                self._notes[f"SwiGLU {gated_path(mlp.members[0].device)}"] = None
+        else:
+            self._blocks.update(_label(block) for block, _ in blocks)
+
+    def words(self, device: torch.device, by: str) -> str:
+        """One line."""
+        refused = ", ".join(f"{count} layers for {why}" for why, count in self.refused.items())
+        if not self._blocks:
+            return f"as PEFT has them: {refused or 'no LoRA linears'}"
+        counts = set(self._blocks.values())
+        names = [name if len(counts) == 1 else f"{count} {name}" for name, count in self._blocks.items()]
+        what = " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+        line = f"{what} fused over {' and '.join(self._bases)}"
+        line += f" ({counts.pop()} layers)" if len(counts) == 1 else ""
+        if {"nf4", "fp4"} & self._bases.keys():
+            line += f", dequantized by {by}"
+        return ", ".join((line, *self._notes)) + (f"; as PEFT has them: {refused}" if refused else "")
+
+    def _member(self, parent: nn.Module, name: str) -> Member | None:
+        layer = parent._modules[name]
+        assert isinstance(layer, nn.Module) and isinstance(layer, LoraLayer)
+        base = layer.get_base_layer()
+        assert isinstance(base, nn.Module)
+        frozen = _why_not(layer) or frozen_weight(base, self._workspace, self._dequantize)
+        if isinstance(frozen, str):
+            self.refused[frozen] += 1
+            return None
+        return Member(name, parent, layer, layer.active_adapters[0], frozen, layer.forward)
+
+    def _mlp(self, parent: nn.Module, blocks: Sequence[tuple[SharedInput, Tensor]]) -> GatedMlp | None:
+        """The module as a gated MLP: two linears of one input, one of another, a function, and equal results."""
+        by_size = sorted(blocks, key=lambda one: -len(one[0].members))
+        rest = [child for child in parent.children() if not isinstance(child, LoraLayer)]
+        if [len(block.members) for block, _ in by_size] != [2, 1] or len(rest) != 1:
+            return None
+        if next(rest[0].parameters(), None) is not None:
+            return None
+        (pair, x), (last, _) = by_size
+        for gate, up in permutations(pair.members):
+            members = (gate, up, last.members[0])
+            mlp = GatedMlp(parent, members, rest[0], _activation(rest[0]), parent.forward)
+            kind = (type(parent), type(rest[0]), gate.name, tuple(map(_kind, members)))
+            if self._proof.holds(kind, mlp.alone, mlp.outputs, members, x):
+                return mlp
+        return None
+
+
+def _inputs(model: PreTrainedModel, context: Callable[[], AbstractContextManager[Any]]) -> dict[int, list[Tensor]]:
+    """What each LoRA layer, by its id, is given in a pass of a few tokens."""
+    found: dict[int, list[Tensor]] = defaultdict(list)
+
+    def note(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        found[id(module)].append(arguments[0])
+
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    handles = [layer.register_forward_pre_hook(note) for layer in layers]
+    ids = torch.arange(1, PROBE_TOKENS + 1, device=next(model.parameters()).device)[None]
+    try:
+        with torch.no_grad(), context():
+            model.get_decoder()(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _by_parent(
+    model: PreTrainedModel, inputs: Mapping[int, list[Tensor]], refused: Counter[str]
+) -> dict[nn.Module, list[dict[str, Tensor]]]:
+    """The layers of each module in groups that are given the same tensor."""
+    found: dict[nn.Module, list[dict[str, Tensor]]] = {}
+    for parent in model.modules():
+        groups: dict[int, dict[str, Tensor]] = defaultdict(dict)
+        for name, layer in parent.named_children():
+            if isinstance(layer, LoraLayer):
+                calls = inputs.get(id(layer), [])
+                if len(calls) == 1:
+                    groups[id(calls[0])][name] = calls[0]
+                else:
+                    refused["running several times a pass" if calls else "not running in a pass of a few tokens"] += 1
+        if groups:
+            found[parent] = list(groups.values())
+    return found
+
+
+def _why_not(layer: LoraLayer) -> str | None:
+    """What a block does not know of an adapter."""
+    if len(layer.active_adapters) != 1 or layer.active_adapters[0] not in layer.lora_A:
+        return "several adapters, or one that is no pair of factors"
+    (adapter,) = layer.active_adapters
+    if adapter in layer.lora_variant:
+        return "DoRA" if layer.use_dora.get(adapter) else f"{type(layer.lora_variant[adapter]).__name__}"
+    if layer.lora_bias.get(adapter) or getattr(layer, "fan_in_fan_out", False):
+        return "a bias in the adapter, or a transposed weight"
+    factors = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    if not all(isinstance(factor, Tensor) and factor.requires_grad for factor in factors):
+        return "an adapter that does not train"
+    return None
+
+
+def _kind(member: Member) -> object:
+    layer, base = member.layer, member.layer.get_base_layer()
+    widths = base.in_features, base.out_features, layer.r[member.adapter]
+    biased = getattr(base, "bias", None) is not None
+    return type(layer), type(base), _base_kind(member), widths, biased, layer.scaling[member.adapter]
+
+
+def _base_kind(member: Member) -> str:
+    base = member.layer.get_base_layer()
+    assert isinstance(base, nn.Module)
+    return frozen_kind(base) or "16 bits"
+
+
+def _activation(act: nn.Module) -> Activation:
+    """F.silu where that is what ``act`` computes, for which there is a kernel; else ``act`` itself."""
+    x = torch.linspace(-30, 30, 241)
+    with torch.no_grad():
+        return F.silu if torch.equal(act(x), F.silu(x)) else act
+
+
+def _label(block: SharedInput) -> str:
+    names = [member.name.removesuffix("_proj") for member in block.members]
+    return "".join(names).upper() if all(len(name) == 1 for name in names) else "+".join(names)

@@ -1,0 +1,189 @@
+"""PEFT's LoRA linears with another forward in training: those that share an input together, a gated MLP as a whole.
+
+Names, parameters and what PEFT does with them stay. Without gradients, with other adapters than those found at the
+start, merged, or watched by a hook inside, a layer runs as PEFT has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from qtrain.kernels.gated import Activation
+from qtrain.kernels.lora_product import Compute, FrozenWeight, LoraLinear, lora_mlp, lora_products
+
+Forward = Callable[..., Any]
+
+
+@dataclass
+class Member:
+    """One LoRA linear of a block.
+
+    Attributes:
+        name: in its parent.
+        forward: PEFT's, by which it runs where the block does not.
+    """
+
+    name: str
+    parent: nn.Module
+    layer: LoraLayer
+    adapter: str
+    frozen: FrozenWeight
+    forward: Forward
+    follows_input: bool = True  # else its outputs have the dtype of its products
+
+    def ready(self, dtype: torch.dtype) -> bool:
+        """Whether it is as it was when the block was made, and products are in ``dtype``."""
+        layer = self.layer
+        base = layer.get_base_layer()
+        if isinstance(base, bnb.nn.Linear4bit) and base.compute_dtype != dtype:
+            return False
+        return (
+            not layer.merged
+            and not layer.disable_adapters
+            and list(layer.active_adapters) == [self.adapter]
+            and getattr(self.parent, self.name, None) is layer
+            and not any(map(_watched, (base, *self._parts())))
+        )
+
+    def linear(self) -> LoraLinear:
+        """The adapter as it is by now."""
+        a, b, _ = self._parts()
+        assert isinstance(a.weight, Tensor) and isinstance(b.weight, Tensor)
+        return LoraLinear(self.frozen, a.weight, b.weight, float(self.layer.scaling[self.adapter]))
+
+    @property
+    def dropout_layer(self) -> nn.Module:
+        """PEFT's own; the identity where nothing is dropped."""
+        return self._parts()[2]
+
+    @property
+    def dropout(self) -> float:
+        """The share that is zeroed by now."""
+        layer = self.dropout_layer
+        return float(layer.p) if isinstance(layer, nn.Dropout) and layer.training else 0.0
+
+    @property
+    def device(self) -> torch.device:
+        """Of the adapter."""
+        return self.linear().a.device
+
+    def _parts(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        layer, key = self.layer, self.adapter
+        return layer.lora_A[key], layer.lora_B[key], layer.lora_dropout[key]
+
+
+@dataclass
+class SharedInput:
+    """Linears of one module that are given the same tensor: the first of them that is called computes for all."""
+
+    members: list[Member]
+    _input: Tensor | None = field(default=None, repr=False)
+    _version: int = 0
+    _outputs: dict[int, Tensor] = field(default_factory=dict, repr=False)
+
+    def install(self) -> None:
+        """Take the place of the layers' forwards."""
+        for index, member in enumerate(self.members):
+            object.__setattr__(member.layer, "forward", _Turn(self, index))
+
+    def output(self, index: int, x: Tensor) -> Tensor | None:
+        """Of one of the linears; None where the block does not run."""
+        if self._input is not x or self._version != x._version or index not in self._outputs:
+            ys = self.outputs(x)
+            if ys is None:
+                return None
+            self._input, self._version, self._outputs = x, x._version, dict(enumerate(ys))
+        y = self._outputs.pop(index)
+        if not self._outputs:
+            self._input = None
+        return y
+
+    def alone(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Of each by PEFT's forward."""
+        return tuple(member.forward(x) for member in self.members)
+
+    def outputs(self, x: Tensor) -> tuple[Tensor, ...] | None:
+        """Of all by the block; None where it does not run."""
+        compute = _compute(x, self.members)
+        if compute is None:
+            return None
+        return lora_products(x, [member.linear() for member in self.members], compute)
+
+
+@dataclass
+class _Turn:
+    block: SharedInput
+    index: int
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        y = None
+        if not args and not kwargs and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            y = self.block.output(self.index, x)
+        return self.block.members[self.index].forward(x, *args, **kwargs) if y is None else y
+
+
+@dataclass
+class GatedMlp:
+    """down(f(gate(x)) * up(x)) of a module that does nothing else.
+
+    Attributes:
+        members: gate, up and down.
+        act: the module of f, which a hook may watch. activation: f.
+        forward: the module's own.
+    """
+
+    mlp: nn.Module
+    members: tuple[Member, Member, Member]
+    act: nn.Module
+    activation: Activation
+    forward: Forward
+
+    def install(self) -> None:
+        """Take the place of the module's forward."""
+        object.__setattr__(self.mlp, "forward", self)
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        y = None
+        if not args and not kwargs and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            found = self.outputs(x)
+            y = None if found is None else found[0]
+        return self.forward(x, *args, **kwargs) if y is None else y
+
+    def alone(self, x: Tensor) -> tuple[Tensor]:
+        """By the module's own forward."""
+        return (self.forward(x),)
+
+    def outputs(self, x: Tensor) -> tuple[Tensor] | None:
+        """By the block; None where it does not run."""
+        if _watched(self.act) or any(_watched(member.layer) for member in self.members):
+            return None
+        compute = _compute(x, self.members)
+        if compute is None:
+            return None
+        gate, up, down = (member.linear() for member in self.members)
+        return (lora_mlp(x, (gate, up, down), self.activation, compute),)
+
+
+def _compute(x: Tensor, members: Sequence[Member]) -> Compute | None:
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    dropouts = {member.dropout for member in members}
+    if len(dropouts) > 1 or not all(member.ready(dtype) for member in members):
+        return None
+    return Compute(dtype, x.dtype if members[-1].follows_input else dtype, dropouts.pop())
+
+
+def _watched(module: object) -> bool:
+    """Whether hooks wait for calls that a block does not make."""
+    if not isinstance(module, nn.Module):
+        return False
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
