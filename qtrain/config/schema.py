@@ -58,7 +58,11 @@ class RunSection(Section):
 class LanguageRunSection(RunSection):
     """The same, and what language models alone have."""
 
-    recompute: Literal["none", "full"] = Field("none", description="full: drop activations and compute them again")
+    recompute: Literal["auto", "none", "selective", "full", "offload"] = Field(
+        "none",
+        description="layers that drop activations and run again: none, half, all, all with inputs on the host; auto: "
+        "the fewest that fit",
+    )
     samples: list[str] = Field(default_factory=list, description="prompts answered at each validation")
 
 

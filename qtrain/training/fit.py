@@ -94,7 +94,8 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
     trainer.loggers = loggers(config, run.path, step)
     state = state_bytes((p for p in module.model.parameters() if p.requires_grad), config.optimizer)
     facts = [f"optimizer   {config.optimizer.name}, {state / 1e6:,.1f} MB of state"]
-    facts += [f"loss        {module.loss_path}", f"layers      {module.fused}", products(trainer)]
+    facts += [f"loss        {module.loss_path}", f"layers      {module.fused}", f"recompute   {module.recompute}"]
+    facts.append(products(trainer))
     if module.blocks is not None:
         facts.append(f"blocks      {module.blocks}")
     if module.cache is not None:
@@ -138,6 +139,7 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
         "trained_parameters": sum(p.numel() for p in module.model.parameters() if p.requires_grad),
         "loss_path": module.loss_path,
         "blocks": module.blocks,
+        "recompute": str(module.recompute),
         "device": device_name(trainer.strategy.root_device),
         "train_seconds": round(seconds, 1),
         "seconds": round(time.monotonic() - begin, 1),

@@ -38,6 +38,9 @@ from qtrain.modules.head import head_factors
 from qtrain.modules.quantizers import full_precision, quantizers
 from qtrain.modules.token_loss import Loss, choose_loss
 from qtrain.training.optimizers import build_optimizer, build_schedule
+from qtrain.training.recompute import Recompute
+from qtrain.training.recompute_budget import settle
+from qtrain.training.recompute_retry import AccumulationWindow
 from qtrain.training.teacher_cache import cached_logits, training_rows
 
 
@@ -81,10 +84,11 @@ class LanguageModule(L.LightningModule):
         self._packed, self._scratch, self._restoring = packed, scratch, restoring
         self._loss: Loss | None = None
         self._objective: Loss | None = None  # of the training: the loss, or the divergence from a teacher
-        self._window: list[Tensor] = []  # (loss, tokens) of the micro-batches since the last step
+        self._window: AccumulationWindow | None = None
         self._validation: list[Tensor] = []
         self._twin: Teacher | None = None
         self.cache: CachedLogits | None = None
+        self.recompute: Recompute | None = None
         self.block_errors: list[BlockError] = []
 
     @property
@@ -146,8 +150,6 @@ class LanguageModule(L.LightningModule):
         # Lightning keeps the mode that modules are in: loaded ones are in eval, without dropout and recomputation.
         self.model.train()
         plain = self.method.plain_model(self.model)
-        if config.run.recompute == "full":
-            plain.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         # Ranges that calibration will find are not there yet, and what is looked at here does not depend on them.
         unready = any(not quantizer.ready for _, quantizer in quantizers(plain))
         context = partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=compute == torch.bfloat16)
@@ -163,6 +165,7 @@ class LanguageModule(L.LightningModule):
                     self._objective, self.loss_path = choose_online(plain, self._twin, objective, head_factors)
             if config.data.packing:
                 check_isolation(plain, int(plain.config.vocab_size))
+            self.recompute = settle(plain, config, device, self.loss_path)
         return self.model
 
     def calibrate(self, rows: Sequence[Tensor]) -> None:
@@ -225,6 +228,15 @@ class LanguageModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Let go of what was needed before the first step: a teacher of blocks, the weights before a start."""
+        assert self._objective is not None and self.recompute is not None
+        self._window = AccumulationWindow(
+            self._objective,
+            self.recompute,
+            self.parameters,
+            self.trainer.precision_plugin.train_step_context,
+            lambda: self.trainer.accumulate_grad_batches,
+            alone=self.trainer.world_size == 1,
+        )
         self.method.drop_baselines()
         if self.config.distill.cached or self.config.distill.loss == "none":
             self._twin = None
@@ -236,16 +248,18 @@ class LanguageModule(L.LightningModule):
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Summed loss of one micro-batch, in nats."""
-        assert self._objective is not None
-        loss = self._objective(batch)
-        tokens = batch["loss_tokens"].to(loss.device)
-        self._window.append(torch.stack((loss.detach().double(), tokens.double())))
-        return loss
+        assert self._window is not None
+        return self._window.forward(batch)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Its gradients; where memory runs out in the first steps, by a lower level of recomputation."""
+        assert self._window is not None
+        self._window.backward(loss)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turn the window's sum of gradients into the gradient of the mean over its tokens."""
-        total = torch.stack(self._window).sum(0)
-        self._window.clear()
+        assert self._window is not None
+        total = self._window.close()
         world = self.trainer.world_size
         if world > 1:
             total = torch.as_tensor(self.all_gather(total)).view(world, 2).sum(0)

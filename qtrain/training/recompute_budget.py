@@ -1,0 +1,209 @@
+"""The level of recomputation that the free memory allows, from one layer that is run and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+
+from qtrain.config.schema import Config
+from qtrain.modules.linear_cross_entropy import CHUNK_BYTES
+from qtrain.modules.token_loss import INPUTS
+from qtrain.training.optimizers import state_bytes
+from qtrain.training.recompute import Recompute, free_bytes, trained_bytes
+
+MARGIN = 0.08
+"""Share of the free memory that is left for fragments and for what other libraries take."""
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class LayerBytes:
+    """What one decoder layer takes at the shape of a micro-batch.
+
+    Attributes:
+        saved: by its forward, for its backward.
+        input: of its input alone, which recomputation keeps.
+        working: beyond ``saved`` while it runs backward.
+        shared: by masks and position embeddings, once for all layers.
+    """
+
+    saved: int
+    input: int
+    working: int
+    shared: int = 0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of a training step at each level.
+
+    Attributes:
+        layer: of each of ``layers``.
+        head: of logits and loss; gone when the last layer's backward begins.
+        fixed: at any time: gradients, optimizer state.
+    """
+
+    layer: LayerBytes
+    layers: int
+    head: int
+    fixed: int
+
+    def of(self, count: int) -> int:
+        """With the first ``count`` layers recomputed: the highest of the whole step, between forward and backward.
+
+        Everything is kept then, and the head or the last layer works; if that is recomputed, it is there once whole.
+        """
+        layer = self.layer
+        kept = count * layer.input + (self.layers - count) * layer.saved
+        last = layer.working + (layer.saved if count == self.layers else 0)
+        return self.fixed + layer.shared + kept + max(self.head, last)
+
+    @property
+    def offloaded(self) -> int:
+        """With all of them recomputed from the host: of three inputs one is used, one on its way in, one out."""
+        layer = self.layer
+        return self.fixed + layer.shared + 3 * layer.input + max(self.head, layer.saved + layer.working)
+
+    def choose(self, free: int) -> tuple[str, int, str]:
+        """(level, layers recomputed, why): the fewest that fit in ``free`` bytes."""
+        room = int(free * (1 - MARGIN))
+        known = f"{free / GIB:.1f} free"
+        if self.of(0) <= room:
+            return "none", 0, f"it takes {self.of(0) / GIB:.1f} GiB of {known}"
+        whole = f"none would take {self.of(0) / GIB:.1f} GiB of {known}"
+        for count in range(1, self.layers):
+            if self.of(count) <= room:
+                return "selective", count, whole
+        if self.of(self.layers) <= room:
+            return "full", self.layers, whole
+        if self.offloaded <= room:
+            return "offload", self.layers, f"full would take {self.of(self.layers) / GIB:.1f} GiB of {known}"
+        return "offload", self.layers, f"even so it may not fit: {self.offloaded / GIB:.1f} GiB of {known}"
+
+
+def settle(model: PreTrainedModel, config: Config, device: torch.device, loss_path: str) -> Recompute:
+    """The level that ``run.recompute`` names, in force; ``auto`` by what is free on ``device``.
+
+    To be called in the context of the training's forward passes, the model in training mode.
+    """
+    recompute = Recompute(model)
+    asked = config.run.recompute
+    if asked != "auto":
+        recompute.set(asked, reason="run.recompute" if asked != "none" else "")
+        return recompute
+    free = free_bytes(device)
+    if free is None or not recompute.layers:
+        what = "the memory of a CPU is not counted" if recompute.layers else "no layer that could run again"
+        recompute.set("none", reason=what)
+        return recompute
+    recompute.set("none")
+    try:
+        level, count, reason = estimate(model, recompute, config, device, loss_path).choose(free)
+    except torch.OutOfMemoryError:
+        level, count, reason = "offload", len(recompute.layers), f"one layer alone exceeds {free / GIB:.1f} GiB free"
+    recompute.set(level, count, reason)
+    return recompute
+
+
+def estimate(
+    model: PreTrainedModel, recompute: Recompute, config: Config, device: torch.device, loss_path: str
+) -> Estimate:
+    """Of a step on micro-batches of ``data.batch_size`` rows of ``data.max_length`` tokens."""
+    rows, length = config.data.batch_size, config.data.max_length
+    batch = probe_batch(rows, length, int(model.config.vocab_size), packing=config.data.packing, device=device)
+    layer = layer_bytes(model, recompute.layers[len(recompute.layers) // 2], batch)
+    state = state_bytes((p for p in model.parameters() if p.requires_grad), config.optimizer)
+    teacher = 2 if config.distill.loss != "none" else 1
+    head = teacher * head_bytes(model, rows * length, whole=loss_path.startswith("whole"))
+    return Estimate(layer, len(recompute.layers), head, trained_bytes(model) + state)
+
+
+def probe_batch(rows: int, length: int, vocab: int, *, packing: bool, device: torch.device) -> dict[str, Tensor]:
+    """Inputs [rows, length] of the kind that training gives: two samples a row where rows are packed."""
+    ids = (torch.arange(rows * length, device=device) % vocab).view(rows, length)
+    if not packing:
+        return {"input_ids": ids}
+    return {"input_ids": ids, "position_ids": (torch.arange(length, device=device) % -(-length // 2)).expand(rows, -1)}
+
+
+def head_bytes(model: PreTrainedModel, tokens: int, *, whole: bool) -> int:
+    """Of logits and their gradients: a chunk of them, or ``whole``; and of what goes into the head."""
+    head = model.get_output_embeddings()
+    vocab, width = (int(size) for size in head.weight.shape)
+    size = 2 if torch.is_autocast_enabled(head.weight.device.type) else head.weight.element_size()
+    logits = tokens * vocab * 4 if whole else min(tokens * vocab * 4, CHUNK_BYTES)
+    # fp32 logits, the product they are cast from, and the gradient in that dtype; whole ones are not worked on in place
+    logits += logits // 4 * 2 * size + (2 * logits if whole else 0)
+    trains = vocab * width * 4 if head.weight.requires_grad else 0
+    return logits + 3 * tokens * width * size + trains
+
+
+def layer_bytes(model: PreTrainedModel, layer: nn.Module, batch: Mapping[str, Tensor]) -> LayerBytes:
+    """Run ``layer`` forward and backward on what ``batch`` brings it, and count; nothing of the model changes."""
+    device = batch["input_ids"].device
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng([device] if on_gpu else []), torch.enable_grad():
+        (hidden, *args), kwargs = _inputs_of(model, layer, batch)
+        hidden = hidden.detach().requires_grad_()
+        trained = [p for p in layer.parameters() if p.requires_grad]
+        known = {_place(t) for t in (*model.parameters(), *model.buffers(), *_tensors((args, kwargs)))}
+        places: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            if _place(tensor) not in known:
+                places[_place(tensor)] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(device)
+        before = _allocated(device)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            output = layer(hidden, *args, **kwargs)
+            output = output[0] if isinstance(output, tuple) else output
+        # Libraries keep tensors past the hooks (bitsandbytes does in 8 bits): a GPU's allocator counts them as well.
+        saved = max(sum(places.values()), _allocated(device) - before)
+        torch.autograd.grad(output, [hidden, *trained], torch.ones_like(output), allow_unused=True)
+        # Without an allocator that counts: the gradients of what was saved, as if they were all there at once.
+        peak = torch.cuda.max_memory_allocated(device) - before if on_gpu else 2 * saved
+        shared = sum(t.nbytes for t in _tensors((args, kwargs)))
+    return LayerBytes(saved, hidden.nbytes, max(0, peak - saved), shared)
+
+
+class _Reached(Exception):
+    """The way out of the model's forward pass."""
+
+
+def _inputs_of(model: PreTrainedModel, layer: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Any, dict[str, Any]]:
+    found: list[tuple[Any, dict[str, Any]]] = []
+
+    def take(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        found.append((args, kwargs))
+        raise _Reached
+
+    handle = layer.register_forward_pre_hook(take, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            model.get_decoder()(**{key: batch[key] for key in INPUTS if key in batch}, use_cache=False)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    return found[0]
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0

@@ -1,0 +1,182 @@
+"""Micro-batches of one optimizer step, run again with less memory where it does not suffice."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qtrain.errors import ModelError
+from qtrain.modules.token_loss import Loss
+from qtrain.training.recompute import Recompute
+
+FIRST_STEPS = 10
+"""Optimizer steps in which a lack of memory is answered; one that comes later has another cause than the shapes."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A batch, and the random state that its dropout began from.
+
+    Attributes:
+        rows: B, which the batch can be divided by.
+        random: states of the CPU's generator and of the GPU's.
+    """
+
+    batch: Mapping[str, Tensor]
+    rows: int
+    random: tuple[Tensor, Tensor | None]
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Tensor]) -> MicroBatch:
+        """With the state of now."""
+        device = batch["input_ids"].device
+        on_gpu = device.type == "cuda"
+        random = torch.get_rng_state(), torch.cuda.get_rng_state(device) if on_gpu else None
+        return cls(batch, batch["input_ids"].shape[0], random)
+
+    def rewind(self) -> None:
+        """Back to the random state that this batch was first run from."""
+        cpu, gpu = self.random
+        torch.set_rng_state(cpu)
+        if gpu is not None:
+            torch.cuda.set_rng_state(gpu, self.batch["input_ids"].device)
+
+    def parts(self, count: int) -> list[Mapping[str, Tensor]]:
+        """The rows in ``count`` shares, each with its own number of loss tokens."""
+        if count == 1:
+            return [self.batch]
+        shares: list[Mapping[str, Tensor]] = []
+        for rows in torch.arange(self.rows).tensor_split(count):
+            first, last = int(rows[0]), int(rows[-1]) + 1
+            share = {k: v[first:last] if v.ndim and len(v) == self.rows else v for k, v in self.batch.items()}
+            share["loss_tokens"] = (share["labels"][:, 1:] != -100).sum()
+            shares.append(share)
+        return shares
+
+
+class AccumulationWindow:
+    """Loss and backward of the micro-batches between two optimizer steps, as Lightning asks for them one by one.
+
+    Where memory runs out in the first steps, the level of recomputation goes one down; at the lowest the micro-batches
+    are divided in two. A forward is run again. A backward may have added to some gradients already: they are
+    cleared and the window is run again from its first micro-batch, each from the random state that it began with,
+    so that the step is the one that would have been made.
+
+    Args:
+        loss: summed loss of a batch.
+        recompute: the levels.
+        parameters: what trains.
+        context: of forward passes, such as autocast.
+        scale: what Lightning divides each loss by.
+        alone: whether this process trains alone; others would wait at their exchange of gradients for ever.
+    """
+
+    def __init__(
+        self,
+        loss: Loss,
+        recompute: Recompute,
+        parameters: Callable[[], Iterable[Tensor]],
+        context: Callable[[], AbstractContextManager[None]],
+        scale: Callable[[], int],
+        *,
+        alone: bool = True,
+    ) -> None:
+        self._loss, self._recompute, self._parameters = loss, recompute, parameters
+        self._context, self._scale = context, scale
+        self._left = FIRST_STEPS if alone else 0
+        self._parts = 1
+        self._kept: list[MicroBatch] = []
+        self._sums: list[Tensor] = []
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Summed loss of a micro-batch, or of its first part; the rest follows in ``backward``."""
+        if not self._left and self._parts == 1:
+            return self._summed(batch)
+        micro = MicroBatch.of(batch)
+        self._kept = [*self._kept, micro] if self._left else [micro]
+        while True:
+            try:
+                return self._summed(micro.parts(self._parts)[0])
+            except torch.OutOfMemoryError as error:
+                if not self._left:
+                    raise
+                what = str(error)
+            self._give_way(what)  # out here, where the failed pass is no longer held by its exception
+            micro.rewind()
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of what ``forward`` gave, and of the parts that are left."""
+        try:
+            loss.backward()
+            if self._parts > 1:
+                self._run(self._kept[-1].parts(self._parts)[1:])
+            return
+        except torch.OutOfMemoryError as error:
+            if not self._left:
+                raise
+            what = str(error)
+        loss.detach_()  # Lightning holds it, and with it all that the failed pass had kept
+        while True:
+            self._give_way(what)
+            try:
+                self._again()
+                return
+            except torch.OutOfMemoryError as error:
+                what = str(error)
+
+    def close(self) -> Tensor:
+        """[loss, tokens] float64 of the whole window, which ends here."""
+        total = torch.stack(self._sums).sum(0)
+        self._sums.clear()
+        self._kept = []
+        self._left = max(0, self._left - 1)
+        return total
+
+    def _summed(self, batch: Mapping[str, Tensor]) -> Tensor:
+        loss = self._loss(batch)
+        tokens = batch["loss_tokens"].to(loss.device)
+        self._sums.append(torch.stack((loss.detach().double(), tokens.double())))
+        return loss
+
+    def _run(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
+        for batch in batches:
+            with self._context():
+                loss = self._summed(batch)
+            (loss / self._scale()).backward()
+
+    def _again(self) -> None:
+        for parameter in self._parameters():
+            parameter.grad = None
+        self._sums.clear()
+        for micro in self._kept:
+            micro.rewind()
+            self._run(micro.parts(self._parts))
+
+    def _give_way(self, what: str) -> None:
+        before = self._now()
+        rows = self._kept[-1].rows
+        if not self._recompute.lower():
+            if self._parts >= rows:
+                raise ModelError(
+                    f"out of memory with recompute {before}: {' '.join(what.split())[:200]}",
+                    rule="recomputation is at its lowest level, and a micro-batch of one row cannot be divided",
+                    fix="a smaller data.max_length",
+                )
+            self._parts = min(2 * self._parts, rows)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        log.warning(f"out of memory with recompute {before}: going on with {self._now()}")
+
+    def _now(self) -> str:
+        level = self._recompute
+        share = f" of {level.count} layers" if level.level == "selective" else ""
+        return level.level + share + (f", micro-batches in {self._parts} parts" if self._parts > 1 else "")

@@ -1,0 +1,199 @@
+"""Where memory runs out in the first steps, training goes on and ends at the weights of an undisturbed run."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qtrain.config.compose import load_recipe
+from qtrain.data.datamodule import LanguageData
+from qtrain.errors import ModelError
+from qtrain.training import recompute_retry
+from qtrain.training.module import LanguageModule
+from qtrain.training.recompute_retry import MicroBatch
+from qtrain.training.trainer import trainer_arguments
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # peft 0.21 on transformers 5.23
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*validation_step. but have no .val_dataloader"),
+]
+
+
+class _Fails(torch.autograd.Function):
+    """Raises in the forward or in the backward, as an allocation would."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, when: Callable[[str], bool]) -> Tensor:
+        ctx.when = when
+        if when("forward"):
+            raise torch.OutOfMemoryError("no more (made up)")
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        if ctx.when("backward"):
+            raise torch.OutOfMemoryError("no more (made up)")
+        return gradients[0], None
+
+
+class Shortage(L.Callback):
+    """Lets the first decoder layer fail in chosen passes; its backward comes last, when other gradients are there.
+
+    Args:
+        plan: (pass, number of that pass from 1) that fail.
+    """
+
+    def __init__(self, plan: set[tuple[str, int]]) -> None:
+        self.plan, self.seen = plan, {"forward": 0, "backward": 0}
+        self.graphs: list[weakref.ref[Any]] = []
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, LanguageModule) and pl_module.model is not None
+        embedding = pl_module.method.plain_model(pl_module.model).get_input_embeddings()
+
+        def fail(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+            result: Tensor = _Fails.apply(output.requires_grad_(), self._count)  # type: ignore[no-untyped-call]
+            return result
+
+        embedding.register_forward_hook(fail)
+
+    def _count(self, which: str) -> bool:
+        self.seen[which] += 1
+        return (which, self.seen[which]) in self.plan
+
+
+def train(
+    model: Path, run: Path, plan: set[tuple[str, int]], *extra: str
+) -> tuple[dict[str, Tensor], LanguageModule, L.Trainer]:
+    chats = run.with_suffix(".jsonl")
+    lines = (
+        f'{{"prompt": "count to {n}", "completion": "{" ".join(map(str, range(1 + 3 * n % 11)))}"}}' for n in range(16)
+    )
+    chats.write_text("\n".join(lines))
+    config = load_recipe(
+        None,
+        *(f"model.path={model}", f"data.train={chats}", "data.max_length=64", "data.batch_size=2"),
+        *("data.packing=false", "method.r=4", "method.base=none", "trainer.max_steps=3", "optimizer.lr=1e-2"),
+        *("trainer.accumulate_grad_batches=2", "trainer.accelerator=cpu", f"run.dir={run}", *extra),
+    )
+    module = LanguageModule(config)
+    data = LanguageData(config.data, module.tokenizer)
+    L.seed_everything(3, verbose=False)
+    arguments = trainer_arguments(config) | {"logger": False, "enable_checkpointing": False}
+    trainer = L.Trainer(**arguments, callbacks=[Shortage(plan)])
+    trainer.fit(module, datamodule=data)
+    return {n: p.detach().clone() for n, p in module.named_parameters() if p.requires_grad}, module, trainer
+
+
+PLANS = {
+    "forward of the first micro-batch": {("forward", 1)},
+    "backward of the first": {("backward", 1)},
+    "backward of the second, gradients of the first are there": {("backward", 2)},
+    "forward of the second": {("forward", 2)},
+    "twice in a row": {("backward", 2), ("backward", 3)},
+    "in the second step": {("backward", 4)},
+    "forward, then backward": {("forward", 2), ("backward", 2), ("forward", 5)},
+}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Tensor], LanguageModule, L.Trainer]:
+    return train(tiny_llama_dir, tmp_path_factory.mktemp("undisturbed") / "run", set(), "method.lora_dropout=0.1")
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=list(PLANS))
+def test_the_weights_are_those_of_an_undisturbed_run(
+    plan: set[tuple[str, int]],
+    undisturbed: tuple[dict[str, Tensor], LanguageModule, L.Trainer],
+    tiny_llama_dir: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Bit for bit, dropout included: each micro-batch begins from its own random state again."""
+    expected, _, whole = undisturbed
+    with caplog.at_level(logging.WARNING, logger="qtrain"):
+        found, module, trainer = train(tiny_llama_dir, tmp_path / "b", plan, "method.lora_dropout=0.1")
+    assert trainer.global_step == whole.global_step == 3
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert trainer.callback_metrics["train/loss"] == whole.callback_metrics["train/loss"]
+    said = [record.message for record in caplog.records if "out of memory" in record.message]
+    assert len(said) == len(plan)
+    assert said[0] == "out of memory with recompute none: going on with selective of 1 layers"
+    assert module.recompute is not None
+    assert module.recompute.level == ("none", "selective", "full", "offload")[len(plan)]
+
+
+@pytest.mark.parametrize("plan", [{("forward", 1)}, {("backward", 1)}, {("backward", 2)}], ids=str)
+def test_at_the_lowest_level_micro_batches_are_divided(
+    plan: set[tuple[str, int]], tiny_llama_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same batches and the same mean over their tokens; sums are rounded in another order."""
+    lowest = "run.recompute=offload"
+    expected, _, whole = train(tiny_llama_dir, tmp_path / "a", set(), lowest)
+    with caplog.at_level(logging.WARNING, logger="qtrain"):
+        found, _, trainer = train(tiny_llama_dir, tmp_path / "b", plan, lowest)
+    assert trainer.global_step == 3
+    for name in expected:
+        assert torch.allclose(expected[name], found[name], rtol=1e-3, atol=2e-5), name
+    assert torch.allclose(trainer.callback_metrics["train/loss"], whole.callback_metrics["train/loss"])
+    assert [r.message for r in caplog.records if "out of memory" in r.message] == [
+        "out of memory with recompute offload: going on with offload, micro-batches in 2 parts"
+    ]
+
+
+def test_nothing_left_is_an_error(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    always = {("backward", n) for n in range(1, 99)}
+    with pytest.raises(ModelError, match=r"(?s)offload, micro-batches in 2 parts: no more.*data.max_length"):
+        train(tiny_llama_dir, tmp_path / "a", always)
+
+
+def test_late_shortages_are_raised(tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recompute_retry, "FIRST_STEPS", 1)
+    for which in ("forward", "backward"):
+        with pytest.raises(torch.OutOfMemoryError, match="made up"):
+            train(tiny_llama_dir, tmp_path / which, {(which, 3)})
+
+
+def test_the_failed_pass_is_let_go_before_the_next(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    """Lightning still holds the loss of the failed pass: what its graph kept must not be there in the second."""
+    config = load_recipe(None, f"model.path={tiny_llama_dir}", "method.base=none", "trainer.accelerator=cpu")
+    module = LanguageModule(config)
+    module.build(torch.device("cpu"))
+    graphs: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def loss(batch: Any) -> Tensor:
+        alive.append(sum(graph() is not None for graph in graphs))
+        kept = torch.ones(1000, requires_grad=True) * 2
+        graphs.append(weakref.ref(kept))
+        result: Tensor = _Fails.apply(kept.exp().sum(), lambda which: which == "backward" and len(graphs) == 1)  # type: ignore[no-untyped-call]
+        return result
+
+    assert module.recompute is not None
+    window = recompute_retry.AccumulationWindow(loss, module.recompute, list, torch.enable_grad, lambda: 1)
+    labels = torch.ones(2, 3, dtype=torch.long)
+    batch = {"input_ids": labels, "labels": labels, "loss_tokens": torch.tensor(4)}
+    held = window.forward(batch) / 1
+    window.backward(held)
+    assert alive == [0, 0] and window.close()[1] == 4
+
+
+def test_parts_of_a_micro_batch() -> None:
+    labels = torch.tensor([[1, 2, -100], [1, -100, 3], [1, 2, 3], [-100, -100, -100], [1, 1, 1]])
+    batch = {"input_ids": labels, "labels": labels, "tokens": torch.tensor(9), "loss_tokens": torch.tensor(6)}
+    parts = MicroBatch.of(batch).parts(2)
+    assert torch.equal(torch.cat([part["labels"] for part in parts]), labels)
+    assert [len(part["labels"]) for part in parts] == [3, 2]
+    assert [int(part["loss_tokens"]) for part in parts] == [4, 2] and int(parts[0]["tokens"]) == 9
+    assert MicroBatch.of(batch).parts(1)[0] is batch
