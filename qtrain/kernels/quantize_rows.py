@@ -20,6 +20,8 @@ from qtrain.numerics.spec import INTEGER_BITS, QuantSpec
 TILE = 4096
 """Numbers in a tile; longer rows take one of their own, up to LONGEST."""
 LONGEST = 16384
+NUMBERS_A_WARP = 1024
+"""32 in each thread: a row of 16384 in four warps alone has four times as many, which registers do not hold."""
 STORAGE = {"fp32": 0, "bf16": 1, "fp16": 2}
 
 
@@ -33,10 +35,12 @@ def fits(rule: Rule, x: Tensor) -> bool:
     return known and grouped_size(x, rule.spec) <= LONGEST
 
 
-def forward(rule: Rule, x: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor:
-    """x on its levels, contiguous."""
+def forward(
+    rule: Rule, x: Tensor, scale: Tensor | None, offset: Tensor | None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """x on its levels, contiguous; in ``dtype`` they are those of x's dtype, cast."""
     x = x.contiguous()
-    out = torch.empty_like(x)
+    out = torch.empty_like(x, dtype=dtype)
     if isinstance(rule, Dynamic):
         scale = offset = None  # a learned range that lies there is not asked
     size = grouped_size(x, rule.spec)
@@ -59,7 +63,7 @@ def forward(rule: Rule, x: Tensor, scale: Tensor | None, offset: Tensor | None) 
 def backward(
     rule: Learned, x: Tensor, scale: Tensor, offset: Tensor | None, gradient: Tensor, needs: tuple[bool, bool, bool]
 ) -> Gradients:
-    """Gradients of x, of the scale and of the offset."""
+    """Gradients of x, of the scale and of the offset; the given one may have another dtype than x."""
     x, gradient = x.contiguous(), gradient.contiguous()
     size = grouped_size(x, rule.spec)
     rows = x.numel() // size
@@ -94,7 +98,8 @@ def backward(
 def _tiles(rows: int, size: int) -> tuple[dict[str, int], tuple[int]]:
     columns = triton.next_power_of_2(size)
     per_tile = max(1, TILE // columns)
-    return {"ROWS": per_tile, "COLUMNS": columns}, (triton.cdiv(rows, per_tile),)
+    warps = min(16, max(4, per_tile * columns // NUMBERS_A_WARP))
+    return {"ROWS": per_tile, "COLUMNS": columns, "num_warps": warps}, (triton.cdiv(rows, per_tile),)
 
 
 def _constants(spec: QuantSpec) -> dict[str, float | int | bool]:
@@ -195,7 +200,8 @@ def _forward(  # type: ignore[no-untyped-def]
         scale = _to(scale, stored.dtype).to(tl.float32)
     numbers = (codes - zero[:, None] + HALF) * scale[:, None]
     numbers = tl.where(scaled != scaled, scaled, numbers)  # min and max would hide a NaN
-    tl.store(out_ptr + place, _to(numbers, stored.dtype), mask=mask)
+    numbers = _to(numbers, stored.dtype)
+    tl.store(out_ptr + place, _to(numbers.to(tl.float32), out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

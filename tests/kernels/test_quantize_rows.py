@@ -33,7 +33,7 @@ SHAPES = [(1, 24), (3, 5, 48), (130, 72), (2, 4104)]
 @pytest.mark.skipif(ON_GPU or INTERPRETED, reason="this process runs the cases itself")
 def test_in_the_interpreter() -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
     found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert found.returncode == 0 and " passed" in found.stdout, found.stdout + found.stderr
 
@@ -64,6 +64,10 @@ def test_forward_decides_the_same_codes(shape: tuple[int, ...], spec: QuantSpec,
     assert torch.equal(quantize_rows.forward(Dynamic(spec), x, None, None), Dynamic(spec).forward(x))
     rule, scale, offset = learned(Learned, spec, x)
     assert torch.equal(quantize_rows.forward(rule, x, scale, offset), rule.forward(x, scale, offset))
+    for narrow in (torch.float16, torch.bfloat16):
+        assert torch.equal(
+            quantize_rows.forward(rule, x, scale, offset, narrow), rule.forward(x, scale, offset).to(narrow)
+        )
     # The baseline of rounding to nearest is asked with the learned range beside it.
     assert torch.equal(quantize_rows.forward(Dynamic(spec), x, scale, offset), Dynamic(spec).forward(x))
 
@@ -82,6 +86,9 @@ def test_backward_is_the_twins(shape: tuple[int, ...], spec: QuantSpec, kind: ty
     found = quantize_rows.backward(rule, x, scale, offset, upper, needs)
     wanted = rule.backward(x, scale, offset, upper, needs)
     assert found.x is not None and wanted.x is not None and torch.equal(found.x, wanted.x)
+    narrow = upper.to(torch.bfloat16)  # a weight's gradient as its product gives it
+    other = quantize_rows.backward(rule, x, scale, offset, narrow, needs).x
+    assert other is not None and torch.equal(other, rule.backward(x, scale, offset, narrow.float(), needs).x)
     for one, other in ((found.scale, wanted.scale), (found.offset, wanted.offset)):
         assert (one is None) == (other is None)
         if one is not None and other is not None:

@@ -1,0 +1,127 @@
+"""Rows to int8 codes and scales in one pass over device memory: a read of 2 bytes and a write of 1 where plain PyTorch
+takes six passes.
+
+The Triton twin of ``qtrain.kernels.codes.plain_codes``; the same codes, as in ``quantize_rows``.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qtrain.kernels.quantize_rows import STORAGE, _clamp, _round, _stored, _to
+from qtrain.numerics.affine import SMALLEST_FP32_SCALE, SMALLEST_SCALE
+from qtrain.numerics.rules import Rule
+
+BLOCK = 4096
+"""Columns at a time; a longer row is read twice, the second time from a cache."""
+
+
+def codes(rule: Rule, x: Tensor, scale: Tensor | None, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Codes int8 [rows, in] and the fp32 scale of each row; of x * factor where a factor of columns is given."""
+    spec = rule.spec
+    x = x.reshape(-1, x.shape[-1]).contiguous()
+    rows, size = x.shape
+    out = torch.empty(rows, size, dtype=torch.int8, device=x.device)
+    scales = torch.empty(rows, dtype=torch.float32, device=x.device)
+    block = min(BLOCK, triton.next_power_of_2(size))
+    _codes[(rows,)](
+        x,
+        out,
+        scales,
+        x if scale is None else scale.contiguous(),
+        x if factor is None else factor.contiguous(),
+        size,
+        QUANT_MIN=spec.quant_min,
+        QUANT_MAX=spec.quant_max,
+        REACH=spec.reach,
+        SMALLEST=SMALLEST_FP32_SCALE if spec.scale_dtype == "fp32" else SMALLEST_SCALE,
+        MID_RISE=spec.mid_rise,
+        STORAGE=STORAGE[spec.scale_dtype],
+        DYNAMIC=scale is None,
+        FACTOR=factor is not None,
+        STEPS=triton.cdiv(size, block),
+        BLOCK=block,
+        num_warps=8 if block > 2048 else 4,
+    )
+    return out, scales
+
+
+@triton.jit
+def _codes(  # type: ignore[no-untyped-def]
+    x_ptr,
+    out_ptr,
+    scales_ptr,
+    scale_ptr,
+    factor_ptr,
+    size,
+    QUANT_MIN: tl.constexpr,
+    QUANT_MAX: tl.constexpr,
+    REACH: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    MID_RISE: tl.constexpr,
+    STORAGE: tl.constexpr,
+    DYNAMIC: tl.constexpr,
+    FACTOR: tl.constexpr,
+    STEPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    place = row.to(tl.int64) * size
+    columns = tl.arange(0, BLOCK)
+    x = tl.zeros([BLOCK], tl.float32)
+    if DYNAMIC:
+        widest = tl.zeros([BLOCK], tl.float32)
+        broken = tl.zeros([BLOCK], tl.int32)
+        for step in range(STEPS):
+            x = _numbers(x_ptr + place, factor_ptr, step * BLOCK + columns, size, FACTOR)
+            widest = tl.maximum(widest, tl.abs(x))
+            broken |= (x != x).to(tl.int32)  # a maximum would hide a NaN
+        scale = _stored(tl.math.div_rn(tl.max(widest, axis=0), REACH), SMALLEST, STORAGE)
+        scale = tl.where(tl.max(broken, axis=0) != 0, float("nan"), scale)
+    else:
+        scale = _stored(tl.load(scale_ptr + row).to(tl.float32), SMALLEST, STORAGE)
+    if STEPS == 1 and DYNAMIC:
+        _write(x, scale, out_ptr + place, columns, size, QUANT_MIN, QUANT_MAX, MID_RISE, BLOCK)
+    else:
+        for step in range(STEPS):
+            here = step * BLOCK + columns
+            x = _numbers(x_ptr + place, factor_ptr, here, size, FACTOR)
+            _write(x, scale, out_ptr + place, here, size, QUANT_MIN, QUANT_MAX, MID_RISE, BLOCK)
+    if STORAGE != 0:
+        scale = _to(scale, x_ptr.dtype.element_ty).to(tl.float32)  # as a consumer of x's dtype reads it
+    if MID_RISE:
+        scale = scale * 0.5
+    tl.store(scales_ptr + row, scale)
+
+
+@triton.jit
+def _numbers(x_ptr, factor_ptr, columns, size, FACTOR: tl.constexpr):  # type: ignore[no-untyped-def]
+    x = tl.load(x_ptr + columns, mask=columns < size, other=0.0).to(tl.float32)
+    if FACTOR:
+        x = x * tl.load(factor_ptr + columns, mask=columns < size, other=0.0)
+    return x
+
+
+@triton.jit
+def _write(  # type: ignore[no-untyped-def]
+    x,
+    scale,
+    out_ptr,
+    columns,
+    size,
+    QUANT_MIN: tl.constexpr,
+    QUANT_MAX: tl.constexpr,
+    MID_RISE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    scaled = tl.math.div_rn(x, tl.broadcast_to(scale, [BLOCK]))
+    if MID_RISE:
+        scaled -= 0.5
+    codes = _clamp(_round(scaled), QUANT_MIN, QUANT_MAX)
+    if MID_RISE:
+        codes = 2.0 * codes + 1.0  # half-integers as odd integers of half the scale
+    codes = tl.where(scaled == scaled, codes, 0.0)  # NaN is no integer; the row's scale is NaN
+    tl.store(out_ptr + columns, codes.to(tl.int8), mask=columns < size)

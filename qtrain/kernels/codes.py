@@ -1,0 +1,82 @@
+"""Rows as integer codes and the scales that they are multiplied with: what a product of bytes takes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qtrain.numerics.affine import grouped, level_codes
+from qtrain.numerics.rules import RULES, Dynamic, Rule
+from qtrain.numerics.spec import INTEGER_BITS
+
+try:
+    from qtrain.kernels import code_rows
+except ImportError:  # Triton comes with torch where there is a GPU
+    code_rows = None  # type: ignore[assignment]
+
+
+def codes(x: Tensor, key: str, scale: Tensor | None = None, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(q, s) with q s = fq(x), row by row; the very codes of the rule, in one pass on a GPU.
+
+    Half-integer levels (mid_rise) come as odd integers 2 q + 1 of s / 2.
+
+    Args:
+        x: [.., in].
+        key: of a rule of symmetric integers with one scale a row.
+        scale: [rows, 1] where the range is kept or learned.
+        factor: fp32 [in]; x * factor is quantized in place of x.
+
+    Returns:
+        q int8 [rows, in], s fp32 [rows].
+    """
+    if torch.compiler.is_compiling():
+        found: tuple[Tensor, Tensor] = torch.ops.qtrain.codes(x, scale, factor, key)
+        return found
+    return _codes(x, scale, factor, RULES[key])
+
+
+def plain_codes(
+    x: Tensor, rule: Rule, scale: Tensor | None = None, factor: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The same in plain PyTorch."""
+    dtype, spec = x.dtype, rule.spec
+    x = x.reshape(-1, x.shape[-1])
+    if factor is not None:
+        x = x.to(torch.float32) * factor
+    qparams = rule.qparams(x, scale, None)
+    levels = level_codes(grouped(x, spec), qparams, spec)
+    # As a consumer of x's dtype reads the scale; one that is never stored is no consumer's.
+    used = qparams.scale if spec.scale_dtype == "fp32" else qparams.scale.to(dtype)
+    used = used.to(torch.float32).flatten()
+    if spec.mid_rise:
+        levels.mul_(2.0).add_(1.0)
+        used = used * 0.5
+    return levels.to(torch.int8).view(x.shape), used
+
+
+def numbers(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """fq(x) [rows, in] in ``dtype`` from its codes and scales, bit for bit the simulated one."""
+    if torch.compiler.is_compiling() or not codes.is_cuda:
+        return (codes * scale.unsqueeze(1)).to(dtype)
+    # Into its place: the fp32 product would take four bytes a number.
+    return torch.mul(codes, scale.unsqueeze(1), out=torch.empty_like(codes, dtype=dtype))
+
+
+def _codes(x: Tensor, scale: Tensor | None, factor: Tensor | None, rule: Rule) -> tuple[Tensor, Tensor]:
+    if isinstance(rule, Dynamic):
+        scale = None  # a learned range that lies there is not asked
+    known = x.is_cuda and x.numel() and rule.spec.format in INTEGER_BITS
+    if code_rows is not None and known and x.dtype in (torch.float32, torch.bfloat16, torch.float16):
+        return code_rows.codes(rule, x, scale, factor)
+    return plain_codes(x, rule, scale, factor)
+
+
+@torch.library.custom_op("qtrain::codes", mutates_args=())
+def _codes_op(x: Tensor, scale: Tensor | None, factor: Tensor | None, key: str) -> tuple[Tensor, Tensor]:
+    return _codes(x, scale, factor, RULES[key])
+
+
+@_codes_op.register_fake
+def _(x: Tensor, scale: Tensor | None, factor: Tensor | None, key: str) -> tuple[Tensor, Tensor]:
+    rows = x.reshape(-1, x.shape[-1])
+    return torch.empty_like(rows, dtype=torch.int8), rows.new_empty(rows.shape[0], dtype=torch.float32)
