@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from transformers import PreTrainedModel
 
@@ -18,6 +20,8 @@ def fuse_layers(model: PreTrainedModel, device: torch.device, asked: str) -> str
         return "the model's own (model.fused=none)"
     if device.type != "cuda":
         return "the model's own: fused kernels need a GPU"
+    # 0.8.5 warns about each back end of its own that is not installed, at import or at an operation's first use.
+    logging.getLogger("liger_kernel.backends.registry").addFilter(_says_more_than_absent)
     try:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
@@ -29,3 +33,7 @@ def fuse_layers(model: PreTrainedModel, device: torch.device, asked: str) -> str
     # By instance, as transformers' own Trainer does it.
     _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
     return "norm, RoPE and SwiGLU of liger-kernel"
+
+
+def _says_more_than_absent(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("Backend impl '%s' for op '%s' could not be imported")

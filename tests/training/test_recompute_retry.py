@@ -54,7 +54,6 @@ class Shortage(L.Callback):
 
     def __init__(self, plan: set[tuple[str, int]]) -> None:
         self.plan, self.seen = plan, {"forward": 0, "backward": 0}
-        self.graphs: list[weakref.ref[Any]] = []
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, LanguageModule) and pl_module.model is not None
@@ -165,27 +164,39 @@ def test_late_shortages_are_raised(tiny_llama_dir: Path, tmp_path: Path, monkeyp
             train(tiny_llama_dir, tmp_path / which, {(which, 3)})
 
 
+class Held:
+    """What a graph keeps in place of a tensor."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()  # an output would hold its own graph
+
+
 def test_the_failed_pass_is_let_go_before_the_next(tiny_llama_dir: Path, tmp_path: Path) -> None:
     """Lightning still holds the loss of the failed pass: what its graph kept must not be there in the second."""
     config = load_recipe(None, f"model.path={tiny_llama_dir}", "method.base=none", "trainer.accelerator=cpu")
     module = LanguageModule(config)
     module.build(torch.device("cpu"))
-    graphs: list[weakref.ref[Tensor]] = []
+    kept: list[weakref.ref[Held]] = []
     alive: list[int] = []
 
+    def keep(tensor: Tensor) -> Held:
+        kept.append(weakref.ref(held := Held(tensor)))
+        return held
+
     def loss(batch: Any) -> Tensor:
-        alive.append(sum(graph() is not None for graph in graphs))
-        kept = torch.ones(1000, requires_grad=True) * 2
-        graphs.append(weakref.ref(kept))
-        result: Tensor = _Fails.apply(kept.exp().sum(), lambda which: which == "backward" and len(graphs) == 1)  # type: ignore[no-untyped-call]
+        alive.append(sum(one() is not None for one in kept))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda held: held.tensor):
+            y = torch.ones(9, requires_grad=True).exp().sum()
+        result: Tensor = _Fails.apply(y, lambda which: which == "backward" and len(alive) == 1)  # type: ignore[no-untyped-call]
         return result
 
     assert module.recompute is not None
     window = recompute_retry.AccumulationWindow(loss, module.recompute, list, torch.enable_grad, lambda: 1)
     labels = torch.ones(2, 3, dtype=torch.long)
     batch = {"input_ids": labels, "labels": labels, "loss_tokens": torch.tensor(4)}
-    held = window.forward(batch) / 1
-    window.backward(held)
+    scaled = window.forward(batch) / 1
+    assert [one() is not None for one in kept] == [True]
+    window.backward(scaled)
     assert alive == [0, 0] and window.close()[1] == 4
 
 
