@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from bitsandbytes.functional import QuantState, dequantize_blockwise
@@ -13,35 +13,40 @@ try:
 except ImportError:  # Triton comes with torch where there is a GPU
     nf4_tiles = None  # type: ignore[assignment]
 
-Dequantize = Callable[[Tensor, QuantState, Tensor], Tensor]
+
+class Dequantize(Protocol):
+    """``dequantize_4bit`` or its twin."""
+
+    def __call__(self, words: Tensor, state: QuantState, dtype: torch.dtype, out: Tensor | None = None) -> Tensor: ...
 
 
-def dequantize_4bit(words: Tensor, state: QuantState, out: Tensor) -> Tensor:
-    """W in ``out`` by bitsandbytes' kernels, or in memory of its own where those do not write into any: the result.
+def dequantize_4bit(words: Tensor, state: QuantState, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """W [out, in] by bitsandbytes' kernels.
 
     W = code[q] a, a the largest magnitude of a block; of two levels a = code_2[q_2] a_2 + m (Dettmers 2023, arXiv
-    2305.14314). In fp32, rounded to ``out``'s dtype, whatever dtype the weight was quantized from.
+    2305.14314). In fp32, rounded to ``dtype``, whatever dtype the weight was quantized from.
 
     Args:
         words: u8, two codes each, the first in the upper half.
-        out: [out, in], contiguous.
+        dtype: fp32, bf16 or fp16.
+        out: memory for the result, contiguous and of that dtype; on a GPU only.
     """
     absmax = state.absmax
     if state.nested:
         absmax = dequantize_blockwise(absmax, state.state2).add_(state.offset).float()
-    arguments = (words, absmax.float(), state.blocksize, state.quant_type, state.shape, out.dtype)
-    if out.device.type == "cuda":
+    arguments = (words, absmax.float(), state.blocksize, state.quant_type, state.shape, dtype)
+    if out is not None:
         torch.ops.bitsandbytes.dequantize_4bit.out(*arguments, out=out)
         return out
     result: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(*arguments)
-    return result.view(out.shape)
+    return result
 
 
-def nf4_dequantize(words: Tensor, state: QuantState, out: Tensor) -> Tensor:
+def nf4_dequantize(words: Tensor, state: QuantState, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """The same bits in one pass by Triton (arguments: ``dequantize_4bit``, which also takes what the kernel cannot)."""
-    if nf4_tiles is None or not nf4_tiles.fits(words, state, out):
-        return dequantize_4bit(words, state, out)
-    return nf4_tiles.dequantize(words, state, out)
+    if nf4_tiles is None or not nf4_tiles.fits(words, state, dtype):
+        return dequantize_4bit(words, state, dtype, out)
+    return nf4_tiles.dequantize(words, state, dtype, out)
 
 
 def choose_dequantize(device: torch.device, *, tiles: bool) -> tuple[Dequantize, str]:

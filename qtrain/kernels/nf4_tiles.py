@@ -8,6 +8,8 @@ their numbers side by side, so that reads and writes are whole lines.
 # mypy: disallow-untyped-decorators=False, warn-unused-ignores=False
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -20,17 +22,19 @@ WORDS = 512
 """Words of eight codes in a tile."""
 
 
-def fits(words: Tensor, state: QuantState, out: Tensor) -> bool:
+def fits(words: Tensor, state: QuantState, dtype: torch.dtype) -> bool:
     """Whether the kernel knows this weight: whole words of eight codes, contiguous, on a GPU."""
-    numbers = out.numel()
+    numbers = math.prod(state.shape)
     whole = numbers > 0 and numbers % 8 == 0 and words.nbytes * 2 == numbers and words.data_ptr() % 4 == 0
-    known = out.is_cuda and out.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    known = words.is_cuda and dtype in (torch.float32, torch.bfloat16, torch.float16)
     nested = not state.nested or state.state2.code.dtype == torch.float32
-    return known and whole and nested and words.is_contiguous() and out.is_contiguous() and state.blocksize % 8 == 0
+    return known and whole and nested and words.is_contiguous() and state.blocksize % 8 == 0
 
 
-def dequantize(words: Tensor, state: QuantState, out: Tensor) -> Tensor:
-    """W in ``out``."""
+def dequantize(words: Tensor, state: QuantState, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """W [out, in], in ``out`` if that is given."""
+    if out is None:
+        out = torch.empty(tuple(state.shape), dtype=dtype, device=words.device)
     count = out.numel() // 8
     second = state.state2 if state.nested else state
     _dequantize[(triton.cdiv(count, WORDS),)](

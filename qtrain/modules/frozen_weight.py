@@ -53,8 +53,9 @@ class FourBit:
         assert isinstance(words, bnb.nn.Params4bit)
         state = words.quant_state
         stored = torch.float32 if dtype == torch.float64 else dtype
-        out = self._workspace.take(tuple(state.shape), stored, words.device)
-        return self._dequantize(words, state, out).to(dtype)
+        # bitsandbytes' kernels for CPUs write into memory of their own alone.
+        out = self._workspace.take(tuple(state.shape), stored, words.device) if words.is_cuda else None
+        return self._dequantize(words, state, stored, out).to(dtype)
 
 
 class Int8:

@@ -44,8 +44,8 @@ class QLoraOptions(MethodSection):
     loraplus_ratio: float | None = Field(None, ge=1, description="learning rate of B over that of A (Hayou 2024)")
     fused_blocks: Literal["auto", "all", "none"] = Field(
         "auto",
-        description="linears that share an input, and gated MLPs, run as one function that keeps less for the backward; "
-        "all: with kernels too that no measurement has shown to be faster",
+        description="linears that share an input, and gated MLPs, run as one function that keeps less for the "
+        "backward; all: with kernels too that no measurement has shown to be faster",
     )
     neftune_alpha: float | None = Field(None, gt=0, description="noise on the embeddings in training (Jain 2023)")
     lora_init: Literal["default", "gaussian", "orthogonal"] = Field(

@@ -1,0 +1,114 @@
+"""4 bits to numbers: bitsandbytes' way, and in one pass with the same bits."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
+from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise, quantize_4bit
+from torch import Tensor
+
+from qtrain.kernels import nf4_dequantize as kernel
+
+ON_GPU = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+tiles = pytest.mark.skipif(
+    kernel.nf4_tiles is None or not (ON_GPU or INTERPRETED), reason="needs Triton, and a GPU or the interpreter"
+)
+
+
+@pytest.mark.skipif(kernel.nf4_tiles is None or ON_GPU or INTERPRETED, reason="no Triton, or this process runs it")
+def test_in_the_interpreter() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0 and " passed" in found.stdout, found.stdout + found.stderr
+
+
+def quantized(shape: tuple[int, int], kind: str, nested: bool, blocksize: int = 64) -> tuple[Tensor, QuantState]:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(shape[0])) * torch.logspace(-3, 0, shape[1])
+    if ON_GPU:
+        weight = weight.cuda()
+    found: tuple[Tensor, QuantState] = quantize_4bit(
+        weight, blocksize=blocksize, compress_statistics=nested, quant_type=kind
+    )
+    return found
+
+
+def by_definition(words: Tensor, state: QuantState, dtype: torch.dtype) -> Tensor:
+    """bitsandbytes' reference for any device. Its kernel for CPUs takes other blocks where rows are no whole blocks."""
+    absmax = state.absmax
+    if state.nested:
+        absmax = dequantize_blockwise(absmax, state.state2) + state.offset
+    code = state.code
+    result: Tensor = _dequantize_4bit_compute(
+        words.reshape(-1), absmax, code, state.blocksize, tuple(state.shape), torch.float32
+    )
+    return result.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("nested", [True, False], ids=["double", "single"])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_the_plain_twin_is_bitsandbytes_own(kind: str, nested: bool, dtype: torch.dtype) -> None:
+    words, state = quantized((24, 128), kind, nested)
+    other = copy.copy(state)
+    other.dtype = dtype
+    found = kernel.dequantize_4bit(words, state, dtype)
+    assert torch.equal(found, dequantize_4bit(words, other)) and torch.equal(found, by_definition(words, state, dtype))
+
+
+@tiles
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("nested", [True, False], ids=["double", "single"])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("shape", [(1, 8), (24, 128), (33, 40), (192, 48), (70, 320)], ids=str)
+def test_one_pass_gives_the_same_bits(shape: tuple[int, int], kind: str, nested: bool, dtype: torch.dtype) -> None:
+    assert kernel.nf4_tiles is not None
+    words, state = quantized(shape, kind, nested)
+    assert torch.equal(kernel.nf4_tiles.dequantize(words, state, dtype), by_definition(words, state, dtype))
+    out = torch.full(shape, 7.0, dtype=dtype, device=words.device)
+    assert kernel.nf4_tiles.dequantize(words, state, dtype, out) is out
+    assert torch.equal(out, by_definition(words, state, dtype))
+
+
+@tiles
+@pytest.mark.parametrize("blocksize", [32, 128, 4096])
+def test_blocks_of_other_sizes(blocksize: int) -> None:
+    assert kernel.nf4_tiles is not None
+    words, state = quantized((40, 256), "nf4", True, blocksize)
+    found = kernel.nf4_tiles.dequantize(words, state, torch.bfloat16)
+    assert torch.equal(found, by_definition(words, state, torch.bfloat16))
+
+
+@tiles
+def test_a_weight_that_no_word_ends_with_is_left_to_bitsandbytes() -> None:
+    assert kernel.nf4_tiles is not None
+    for shape in ((3, 5), (2, 6), (0, 8)):
+        state = QuantState(torch.ones(1), shape=shape, blocksize=64, quant_type="nf4")
+        assert not kernel.nf4_tiles.fits(
+            torch.zeros((shape[0] * shape[1] + 1) // 2, 1, dtype=torch.uint8), state, DTYPES[0]
+        )
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_both_give_the_same_bits_for_large_weights() -> None:
+    for kind in ("nf4", "fp4"):
+        words, state = quantized((4096, 11008), kind, True)
+        for dtype in DTYPES:
+            plain = kernel.dequantize_4bit(words, state, dtype)
+            out = torch.empty_like(plain)
+            assert kernel.nf4_dequantize(words, state, dtype, out) is out and torch.equal(out, plain)
+
+
+def test_the_choice_says_why() -> None:
+    cpu = torch.device("cpu")
+    assert kernel.choose_dequantize(cpu, tiles=False) == (kernel.dequantize_4bit, "bitsandbytes")
+    function, words = kernel.choose_dequantize(cpu, tiles=True)
+    assert function is kernel.dequantize_4bit and "needs a GPU" in words
