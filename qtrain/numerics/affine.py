@@ -160,9 +160,9 @@ def quantize(x: Tensor, qparams: QParams, spec: QuantSpec) -> Tensor:
     return codes.to(FLOAT_DTYPES.get(spec.format, torch.int8)).reshape(x.shape)
 
 
-def level_codes(groups: Tensor, qparams: QParams, spec: QuantSpec) -> Tensor:
-    """Codes as fp32 [rows, groups, size], in a tensor of their own."""
-    scaled = groups / qparams.scale.to(torch.float32).unsqueeze(-1)
+def level_codes(groups: Tensor, qparams: QParams, spec: QuantSpec, out: Tensor | None = None) -> Tensor:
+    """Codes as fp32 [rows, groups, size], in a tensor of their own, or in ``out``."""
+    scaled = torch.div(groups, qparams.scale.to(torch.float32).unsqueeze(-1), out=out)
     if spec.format == "binary":
         return torch.where(scaled >= 0, 1.0, -1.0)
     if spec.is_float:

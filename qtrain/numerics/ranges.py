@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from qtrain.errors import ModelError
 from qtrain.numerics.affine import QParams, choose_qparams, grouped, level_codes, qparams_of_bounds, round_scale
+from qtrain.numerics.row_parts import over_rows
 from qtrain.numerics.spec import QuantSpec
 
-CHUNK_ELEMENTS = 2**20
-"""Weights tried at a time, for bounded memory. Smaller chunks fit a cache but wait for threads: on two cores shared
-with other work 2^17 took ten times as long as alone."""
 SHRINK = {1: 0.2, 2: 0.2, 3: 0.4}
 """Where the search begins, as a share of the widest range: the fewer levels, the more clipping pays."""
 
 
+@torch.no_grad()
 def search_qparams(
     x: Tensor,
     spec: QuantSpec,
@@ -46,69 +47,74 @@ def search_qparams(
     if importance is not None:
         _check(importance, x)
     whole = spec.granularity in ("per_tensor", "per_block")  # rows share scales: they cannot be taken apart
-    rows = x.shape[0] if whole else max(1, CHUNK_ELEMENTS // x.shape[1])
     weights = None if importance is None else importance.to(x.device, torch.float32)
     lowest = SHRINK.get(spec.bits, 0.7) if shrink is None else shrink
     factors = torch.linspace(lowest, grow, steps if lowest >= 0.7 else 2 * steps).tolist()
-    found = []
-    for first in range(0, x.shape[0], rows):
-        part = x[first : first + rows]
-        values = grouped(part, spec)
+
+    def search(rows: slice) -> QParams:
+        part = x[rows]
         if weights is None:
             heights = None
         else:
             # One row of weights serves all rows, unless several rows share a scale.
             shared = weights.unsqueeze(0) if not whole else weights.expand(part.shape)
             heights = grouped(shared.contiguous(), spec)
-        low, high = values.amin(dim=-1), values.amax(dim=-1)
-        best = choose_qparams(part, spec)
-        least = _error(values, best, heights, spec)
-        for factor in factors:
-            best, least = _better(values, _narrowed(low, high, factor, spec), best, least, heights, spec)
-        for _ in range(refits):
-            best, least = _better(values, _refit(values, best, heights, spec), best, least, heights, spec)
-        found.append(best)
+        return _search(grouped(part, spec), choose_qparams(part, spec), heights, spec, factors, refits)
+
+    found = [search(slice(None))] if whole else over_rows(search, x)
     zero_points = [one.zero_point for one in found if one.zero_point is not None]
     return QParams(torch.cat([one.scale for one in found]), torch.cat(zero_points) if zero_points else None)
 
 
-def _narrowed(low: Tensor, high: Tensor, factor: float, spec: QuantSpec) -> QParams:
-    return qparams_of_bounds(low * factor, high * factor, spec)
+def _search(
+    values: Tensor, widest: QParams, heights: Tensor | None, spec: QuantSpec, factors: Sequence[float], refits: int
+) -> QParams:
+    """The best of ``widest`` and fractions of it, then of that and least-squares scales, for each group alone."""
+    buffer = torch.empty_like(values)
+    low, high = values.amin(dim=-1), values.amax(dim=-1)
+    best, least = widest, _error(values, widest, heights, spec, buffer)
+    # All fractions in one call: of a part that fits a cache, the many small tensors cost more than the large ones.
+    each = torch.tensor(factors, dtype=torch.float32, device=values.device).view(-1, 1, 1)
+    tried = qparams_of_bounds(low * each, high * each, spec)
+    for number in range(len(factors)):
+        points = None if tried.zero_point is None else tried.zero_point[number]
+        candidate = QParams(tried.scale[number], points)
+        best, least = _better(candidate, _error(values, candidate, heights, spec, buffer), best, least)
+    for _ in range(refits):
+        candidate = _refit(values, best, heights, spec, buffer)
+        best, least = _better(candidate, _error(values, candidate, heights, spec, buffer), best, least)
+    return best
 
 
-def _better(
-    x: Tensor, candidate: QParams, best: QParams, least: Tensor, weights: Tensor | None, spec: QuantSpec
-) -> tuple[QParams, Tensor]:
+def _better(candidate: QParams, error: Tensor, best: QParams, least: Tensor) -> tuple[QParams, Tensor]:
     """For each group whichever of the two errs less, and its error."""
-    error = _error(x, candidate, weights, spec)
     better = error < least
-    scale = torch.where(better, candidate.scale, best.scale)
+    scale, least = torch.where(better, candidate.scale, best.scale), torch.where(better, error, least)
     if candidate.zero_point is None or best.zero_point is None:
-        return QParams(scale), torch.where(better, error, least)
-    zero_point = torch.where(better, candidate.zero_point, best.zero_point)
-    return QParams(scale, zero_point), torch.where(better, error, least)
+        return QParams(scale), least
+    return QParams(scale, torch.where(better, candidate.zero_point, best.zero_point)), least
 
 
-def _refit(x: Tensor, qparams: QParams, weights: Tensor | None, spec: QuantSpec) -> QParams:
+def _refit(x: Tensor, qparams: QParams, weights: Tensor | None, spec: QuantSpec, buffer: Tensor) -> QParams:
     """The least-squares scale of each group for its codes; all-zero levels get the smallest scale."""
-    levels = _levels(x, qparams, spec)
+    levels = _levels(x, qparams, spec, buffer)
     weighted = levels if weights is None else levels * weights
     scale = round_scale((weighted * x).sum(dim=-1) / (weighted * levels).sum(dim=-1).clamp(min=1e-30), spec)
     return QParams(scale, qparams.zero_point)
 
 
-def _levels(x: Tensor, qparams: QParams, spec: QuantSpec) -> Tensor:
-    """fq(x) / s."""
-    levels = level_codes(x, qparams, spec)
+def _levels(x: Tensor, qparams: QParams, spec: QuantSpec, buffer: Tensor) -> Tensor:
+    """fq(x) / s, written to ``buffer``."""
+    levels = level_codes(x, qparams, spec, out=buffer)
     if qparams.zero_point is not None:
         levels.sub_(qparams.zero_point.to(torch.float32).unsqueeze(-1))
     return levels.add_(0.5) if spec.mid_rise else levels
 
 
-def _error(x: Tensor, qparams: QParams, weights: Tensor | None, spec: QuantSpec) -> Tensor:
+def _error(x: Tensor, qparams: QParams, weights: Tensor | None, spec: QuantSpec, buffer: Tensor) -> Tensor:
     """The weighted squared error of each group, [rows, groups]."""
     scale = qparams.scale.to(torch.float32).unsqueeze(-1)
-    difference = _levels(x, qparams, spec).mul_(scale).sub_(x).square_()
+    difference = _levels(x, qparams, spec, buffer).mul_(scale).sub_(x).square_()
     if weights is not None:
         difference.mul_(weights)
     return difference.sum(dim=-1)

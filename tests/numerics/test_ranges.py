@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qtrain.errors import ModelError
-from qtrain.numerics import ranges
+from qtrain.numerics import row_parts
 from qtrain.numerics.affine import QParams, choose_qparams, dequantize, quantize
 from qtrain.numerics.ranges import search_qparams
 from qtrain.numerics.spec import QuantSpec
@@ -45,7 +45,7 @@ def test_rows_in_chunks_give_the_same_scales(monkeypatch: pytest.MonkeyPatch) ->
     x = torch.randn(33, 64, generator=torch.Generator().manual_seed(1))
     importance = torch.rand(64, generator=torch.Generator().manual_seed(2))
     whole = search_qparams(x, QuantSpec(group_size=16), importance)
-    monkeypatch.setattr(ranges, "CHUNK_ELEMENTS", 100)
+    monkeypatch.setattr(row_parts, "PART", 100)
     assert torch.equal(search_qparams(x, QuantSpec(group_size=16), importance).scale, whole.scale)
 
 

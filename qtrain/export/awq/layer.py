@@ -8,6 +8,7 @@ from torch import Tensor
 from qtrain.export.integers.halves import fp16_scales
 from qtrain.modules.record import LinearRecord
 from qtrain.numerics.packing import pack
+from qtrain.numerics.row_parts import over_rows
 
 COLUMN_OF_NIBBLE = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of its eight outputs each nibble of a word holds, lowest first: the kernel unpacks two at a time."""
@@ -31,5 +32,12 @@ def awq_tensors(name: str, record: LinearRecord) -> dict[str, Tensor]:
 
 def _words(codes: Tensor) -> Tensor:
     """Codes int8 [out, n] as int32 [n, out / 8]."""
-    eights = codes.t().unflatten(1, (-1, 8))[..., list(COLUMN_OF_NIBBLE)]
-    return pack(eights.flatten(1), 4)
+    eights, columns = codes.unflatten(0, (-1, 8)), codes.shape[1]
+    words = torch.empty(len(eights), columns, dtype=torch.int32, device=codes.device)
+
+    def fill(rows: slice) -> None:
+        ordered = eights[rows][:, list(COLUMN_OF_NIBBLE)].transpose(1, 2)
+        words[rows] = pack(ordered.flatten(0, 1), 4).view(-1, columns)
+
+    over_rows(fill, eights)
+    return words.t()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qtrain.modules.record import LinearRecord
-from qtrain.numerics.packing import pack
+from qtrain.numerics.packing import pack, pack_rows
 
 
 def byte_tensors(record: LinearRecord, _: torch.dtype) -> dict[str, Tensor]:
@@ -31,7 +31,7 @@ def packed_tensors(record: LinearRecord, dtype: torch.dtype) -> dict[str, Tensor
             dtype of their scales, so those are stored in fp32 where the checkpoint is: the same numbers.
     """
     tensors = {
-        "weight_packed": pack(record.codes, record.spec.bits),
+        "weight_packed": pack_rows(record.codes, record.spec.bits),
         "weight_scale": record.scale,
         "weight_shape": torch.tensor(record.codes.shape, dtype=torch.int64),
     }

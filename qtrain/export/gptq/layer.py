@@ -8,7 +8,7 @@ from torch import Tensor
 from qtrain.errors import ExportError
 from qtrain.export.integers.halves import fp16_scales
 from qtrain.modules.record import LinearRecord
-from qtrain.numerics.packing import pack
+from qtrain.numerics.packing import pack, pack_rows
 
 
 def gptq_tensors(name: str, record: LinearRecord, version: int) -> dict[str, Tensor]:
@@ -31,7 +31,7 @@ def gptq_tensors(name: str, record: LinearRecord, version: int) -> dict[str, Ten
         zero_point = zero_point - 1
     size = columns // record.scale.shape[1]
     return {
-        "qweight": pack(record.codes, bits).t(),
+        "qweight": pack_rows(record.codes, bits).t(),
         "qzeros": pack(zero_point.t().contiguous(), bits),
         "scales": fp16_scales(name, record).t(),
         "g_idx": torch.arange(columns, dtype=torch.int32) // size,

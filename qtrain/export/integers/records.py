@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import repeat
 
+import torch
 from torch import Tensor
 
 from qtrain.errors import ExportError, ModelError
@@ -13,8 +14,9 @@ from qtrain.export.integers.plan import Plan, module_name
 from qtrain.export.writer import Progress
 from qtrain.modules.deployed import DeployedTensor
 from qtrain.modules.record import LinearRecord
-from qtrain.numerics.affine import choose_qparams, quantize
+from qtrain.numerics.affine import FLOAT_DTYPES, QParams, choose_qparams, quantize
 from qtrain.numerics.ranges import search_qparams
+from qtrain.numerics.row_parts import over_rows
 from qtrain.numerics.spec import QuantSpec
 from qtrain.ptq.activation_stats import Calibration
 from qtrain.ptq.gptq import gptq_codes
@@ -64,8 +66,8 @@ def quantize_linear(
     hessian = moment if moment is not None and moment.ndim == 2 else None
     importance = moment if hessian is None else hessian.diagonal()
     try:
-        qparams = search_qparams(weight, spec, importance) if scales == "mse" else choose_qparams(weight, spec)
-        codes = quantize(weight, qparams, spec) if hessian is None else gptq_codes(weight, qparams, hessian, spec)
+        qparams = search_qparams(weight, spec, importance) if scales == "mse" else _extremes(weight, spec)
+        codes = _nearest(weight, qparams, spec) if hessian is None else gptq_codes(weight, qparams, hessian, spec)
     except ModelError as error:
         raise ExportError(
             error.what,
@@ -74,6 +76,26 @@ def quantize_linear(
             fix=f"export.ignore=[{module_name(tensor.name)}] leaves this layer in 16 bits",
         ) from error
     return LinearRecord(codes, *qparams, spec)
+
+
+def _extremes(weight: Tensor, spec: QuantSpec) -> QParams:
+    """``choose_qparams``, some rows at a time."""
+    found = over_rows(lambda rows: choose_qparams(weight[rows], spec), weight)
+    points = [one.zero_point for one in found if one.zero_point is not None]
+    return QParams(torch.cat([one.scale for one in found]), torch.cat(points) if points else None)
+
+
+def _nearest(weight: Tensor, qparams: QParams, spec: QuantSpec) -> Tensor:
+    """``quantize``, likewise."""
+    scale, points = qparams
+    codes = torch.empty_like(weight, dtype=FLOAT_DTYPES.get(spec.format, torch.int8))
+
+    def nearest(rows: slice) -> None:
+        own = QParams(scale[rows], None if points is None else points[rows])
+        codes[rows] = quantize(weight[rows], own, spec)
+
+    over_rows(nearest, weight)
+    return codes
 
 
 def _trained(name: str, record: LinearRecord) -> LinearRecord:

@@ -14,7 +14,7 @@ from qtrain.models.quantized.layer import InputScheme, QuantizedLayer, Reading, 
 from qtrain.models.quantized.tensors import TensorFiles
 from qtrain.modules.record import LinearRecord, Outliers
 from qtrain.numerics.affine import SCALE_DTYPES, QParams
-from qtrain.numerics.packing import unpack, words_of
+from qtrain.numerics.packing import unpack, unpack_rows, words_of
 from qtrain.numerics.spec import QuantSpec
 
 PARTS = ("weight", "scale", "zero_point", "outlier_index", "outlier_value", "input_scale", "input_zero_point")
@@ -66,7 +66,7 @@ def _record(tensors: TensorFiles, name: str, spec: QuantSpec, out: int, columns:
                 f"{name}.outlier_index reaches outside of the weight", where=tensors.where(f"{name}.outlier_index")
             )
         outliers = Outliers(index, tensors.get(f"{name}.outlier_value"))
-    codes = unpack(tensors.get(f"{name}.weight"), spec.bits, columns)
+    codes = unpack_rows(tensors.get(f"{name}.weight"), spec.bits, columns)
     return LinearRecord(codes, scale, zero_point, spec, outliers)
 
 
