@@ -6,6 +6,8 @@ The Triton twin of ``qtrain.kernels.codes.plain_codes``; the same codes, as in `
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from qtrain.kernels.quantize_rows import STORAGE, _clamp, _round, _stored, _to
 from qtrain.numerics.affine import SMALLEST_FP32_SCALE, SMALLEST_SCALE
-from qtrain.numerics.rules import Rule
+from qtrain.numerics.rules import RULES, Rule
 
 BLOCK = 4096
 """Columns at a time; a longer row is read twice, the second time from a cache."""
@@ -21,12 +23,10 @@ BLOCK = 4096
 
 def codes(rule: Rule, x: Tensor, scale: Tensor | None, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Codes int8 [rows, in] and the fp32 scale of each row; of x * factor where a factor of columns is given."""
-    spec = rule.spec
     x = x.reshape(-1, x.shape[-1]).contiguous()
     rows, size = x.shape
-    out = torch.empty(rows, size, dtype=torch.int8, device=x.device)
+    out = torch.empty_like(x, dtype=torch.int8)
     scales = torch.empty(rows, dtype=torch.float32, device=x.device)
-    block = min(BLOCK, triton.next_power_of_2(size))
     _codes[(rows,)](
         x,
         out,
@@ -34,19 +34,27 @@ def codes(rule: Rule, x: Tensor, scale: Tensor | None, factor: Tensor | None = N
         x if scale is None else scale.contiguous(),
         x if factor is None else factor.contiguous(),
         size,
-        QUANT_MIN=spec.quant_min,
-        QUANT_MAX=spec.quant_max,
-        REACH=spec.reach,
-        SMALLEST=SMALLEST_FP32_SCALE if spec.scale_dtype == "fp32" else SMALLEST_SCALE,
-        MID_RISE=spec.mid_rise,
-        STORAGE=STORAGE[spec.scale_dtype],
         DYNAMIC=scale is None,
         FACTOR=factor is not None,
-        STEPS=triton.cdiv(size, block),
-        BLOCK=block,
-        num_warps=8 if block > 2048 else 4,
+        **_constants(rule.key, size),
     )
     return out, scales
+
+
+@lru_cache(maxsize=4096)
+def _constants(key: str, size: int) -> dict[str, float | int | bool]:
+    spec, block = RULES[key].spec, min(BLOCK, 1 << (size - 1).bit_length())
+    return {
+        "QUANT_MIN": spec.quant_min,
+        "QUANT_MAX": spec.quant_max,
+        "REACH": spec.reach,
+        "SMALLEST": SMALLEST_FP32_SCALE if spec.scale_dtype == "fp32" else SMALLEST_SCALE,
+        "MID_RISE": spec.mid_rise,
+        "STORAGE": STORAGE[spec.scale_dtype],
+        "STEPS": -(-size // block),
+        "BLOCK": block,
+        "num_warps": 8 if block > 2048 else 4,
+    }
 
 
 @triton.jit

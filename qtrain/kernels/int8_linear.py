@@ -49,7 +49,7 @@ def int8_linear(
 def lacks_int8_product(weight: Rule | None, inputs: Rule | None) -> str | None:
     """Why a layer of these rules has no product of bytes; None where it has one."""
     if weight is None or inputs is None:
-        return "weights or inputs are not quantized" if inputs is None else "weights are not quantized"
+        return "inputs are not quantized" if inputs is None else "weights are not quantized"
     if type(inputs) is not Dynamic or inputs.spec.granularity != "per_token":
         return "inputs are not dynamic by token"
     if inputs.spec.format not in INTEGER_BITS or not inputs.spec.symmetric or inputs.spec.mid_rise:

@@ -5,7 +5,7 @@ The Triton twin of ``qtrain.kernels.int8_matmul.plain_int8_matmul``.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -56,7 +56,7 @@ def int8_matmul(
     (m, k), n = a.shape, b.shape[0]
     y = torch.empty(m, n, dtype=dtype, device=a.device)
     chosen = tiles or _chosen(m, n, a.device.index if a.is_cuda else None)
-    _product[(triton.cdiv(m, chosen.m) * triton.cdiv(n, chosen.n),)](
+    _product[(-(-m // chosen.m) * -(-n // chosen.n),)](
         a,
         b,
         a_scale,
@@ -73,7 +73,7 @@ def int8_matmul(
         SCALES=b_scale is not None,
         BIAS=bias is not None,
         WHOLE=k % chosen.k == 0,
-        STEPS=triton.cdiv(k, chosen.k),
+        STEPS=-(-k // chosen.k),
         M=chosen.m,
         N=chosen.n,
         K=chosen.k,
@@ -84,6 +84,7 @@ def int8_matmul(
     return y
 
 
+@lru_cache(maxsize=4096)
 def _chosen(m: int, n: int, device: int | None) -> Tiles:
     """The largest tiles that the product fills and the device has the shared memory for."""
     limit = _shared_memory(device)

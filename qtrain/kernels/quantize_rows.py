@@ -7,6 +7,8 @@ groups have a scale each; the same codes, because quotients are rounded as IEEE 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qtrain.numerics.affine import SMALLEST_FP32_SCALE, SMALLEST_SCALE, grouped_size
-from qtrain.numerics.rules import Dynamic, Gradients, Learned, Rule, Static
+from qtrain.numerics.rules import RULES, Dynamic, Gradients, Learned, Rule, Static
 from qtrain.numerics.spec import INTEGER_BITS, QuantSpec
 
 TILE = 4096
@@ -22,17 +24,28 @@ TILE = 4096
 LONGEST = 16384
 NUMBERS_A_WARP = 1024
 """32 in each thread: a row of 16384 in four warps alone has four times as many, which registers do not hold."""
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STORAGE = {"fp32": 0, "bf16": 1, "fp16": 2}
+
+
+class Launch(NamedTuple):
+    """All that a launch is told besides its tensors.
+
+    Attributes:
+        rows, size: numbers that share a scale, and how many times.
+        grid: programs.
+        constants: what is compiled in.
+    """
+
+    rows: int
+    size: int
+    grid: tuple[int]
+    constants: dict[str, float | int | bool]
 
 
 def fits(rule: Rule, x: Tensor) -> bool:
     """Whether the kernels know this rule and this tensor."""
-    if type(rule) not in (Dynamic, Learned, Static) or rule.spec.format not in INTEGER_BITS or not x.numel():
-        return False
-    if rule.spec.granularity not in ("per_channel", "per_token", "per_group"):
-        return False
-    known = x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return known and grouped_size(x, rule.spec) <= LONGEST
+    return x.is_cuda and x.dtype in DTYPES and knows(rule.key, x.shape)
 
 
 def forward(
@@ -43,19 +56,16 @@ def forward(
     out = torch.empty_like(x, dtype=dtype)
     if isinstance(rule, Dynamic):
         scale = offset = None  # a learned range that lies there is not asked
-    size = grouped_size(x, rule.spec)
-    rows = x.numel() // size
-    blocks, grid = _tiles(rows, size)
-    _forward[grid](
+    launch = _launch(rule.key, x.shape)
+    _forward[launch.grid](
         x,
         out,
         x if scale is None else scale.contiguous(),
         x if offset is None else offset.contiguous(),
-        rows,
-        size,
-        **_constants(rule.spec),
+        launch.rows,
+        launch.size,
         DYNAMIC=scale is None,
-        **blocks,
+        **launch.constants,
     )
     return out
 
@@ -65,15 +75,13 @@ def backward(
 ) -> Gradients:
     """Gradients of x, of the scale and of the offset; the given one may have another dtype than x."""
     x, gradient = x.contiguous(), gradient.contiguous()
-    size = grouped_size(x, rule.spec)
-    rows = x.numel() // size
-    blocks, grid = _tiles(rows, size)
+    launch = _launch(rule.key, x.shape)
     low, high = rule.edges()
     d_x = torch.empty_like(x) if needs[0] else None
     learns = needs[1] and not isinstance(rule, Static)
     d_scale = torch.empty_like(scale) if learns else None
     d_offset = torch.empty_like(offset) if needs[2] and offset is not None and learns else None
-    _backward[grid](
+    _backward[launch.grid](
         x,
         gradient,
         x if d_x is None else d_x,
@@ -81,25 +89,44 @@ def backward(
         scale if offset is None else offset.contiguous(),
         scale if d_scale is None else d_scale,
         scale if d_offset is None else d_offset,
-        rows,
-        size,
-        1.0 / math.sqrt(size * rule.spec.quant_max),
+        launch.rows,
+        launch.size,
+        1.0 / math.sqrt(launch.size * rule.spec.quant_max),
         low,
         high,
-        **_constants(rule.spec),
         D_X=d_x is not None,
         D_SCALE=d_scale is not None,
         D_OFFSET=d_offset is not None,
-        **blocks,
+        **launch.constants,
     )
     return Gradients(d_x, d_scale, d_offset)
 
 
-def _tiles(rows: int, size: int) -> tuple[dict[str, int], tuple[int]]:
-    columns = triton.next_power_of_2(size)
+# Found anew for each launch these took longer than Triton's own work on the host (22 of 75 us).
+@lru_cache(maxsize=4096)
+def _launch(key: str, shape: tuple[int, ...]) -> Launch:
+    spec = RULES[key].spec
+    size = _sharing(shape, spec)
+    rows = math.prod(shape) // size
+    columns = 1 << (size - 1).bit_length()
     per_tile = max(1, TILE // columns)
     warps = min(16, max(4, per_tile * columns // NUMBERS_A_WARP))
-    return {"ROWS": per_tile, "COLUMNS": columns, "num_warps": warps}, (triton.cdiv(rows, per_tile),)
+    tiles: dict[str, float | int | bool] = {"ROWS": per_tile, "COLUMNS": columns, "num_warps": warps}
+    return Launch(rows, size, (-(-rows // per_tile),), tiles | _constants(spec))
+
+
+@lru_cache(maxsize=4096)
+def knows(key: str, shape: tuple[int, ...]) -> bool:
+    """Whether the kernels have that rule, for tensors of that shape."""
+    rule = RULES[key]
+    if type(rule) not in (Dynamic, Learned, Static) or rule.spec.format not in INTEGER_BITS or not math.prod(shape):
+        return False
+    rows = rule.spec.granularity in ("per_channel", "per_token", "per_group")
+    return rows and _sharing(shape, rule.spec) <= LONGEST
+
+
+def _sharing(shape: tuple[int, ...], spec: QuantSpec) -> int:
+    return grouped_size(torch.empty(shape, device="meta"), spec)
 
 
 def _constants(spec: QuantSpec) -> dict[str, float | int | bool]:

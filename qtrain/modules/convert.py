@@ -40,6 +40,8 @@ def _become_plain(layer: QuantLinear | QuantConv2d | QuantEmbedding, weight: nn.
     for key in ("weight_quantizer", "input_quantizer", "lora_scale", "lora_A", "lora_B"):
         if hasattr(layer, key):
             delattr(layer, key)
+    for key in ("kernels", "byte_gradient"):
+        vars(layer).pop(key, None)
     layer.__class__ = plain_class(layer)  # type: ignore[assignment]
     layer.weight = weight
 

@@ -8,10 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qtrain.kernels.int8_linear import int8_linear, lacks_int8_product
 from qtrain.kernels.quantized_linear import quantized_linear
 from qtrain.modules.config import QuantizerSection
+from qtrain.modules.kernel_keys import AUTO, Kernels
 from qtrain.modules.quantizer import Quantizer
 from qtrain.numerics.affine import QParams
+from qtrain.numerics.rules import Rule
 
 
 class QuantLinear(nn.Linear):
@@ -21,10 +24,14 @@ class QuantLinear(nn.Linear):
 
     Attributes:
         weight_quantizer, input_quantizer: None leaves that side as it is.
+        kernels: which arithmetic it trains with; the codes are the same in all.
+        byte_gradient: the input's gradient is a product of bytes, where the forward is.
     """
 
     weight_quantizer: Quantizer | None
     input_quantizer: Quantizer | None
+    kernels: Kernels = AUTO
+    byte_gradient: bool = False
     lora_A: nn.Parameter | None
     lora_B: nn.Parameter | None
 
@@ -68,32 +75,52 @@ class QuantLinear(nn.Linear):
         assert self.weight_quantizer is not None
         return self.weight_quantizer.codes(self._merged_outside_autocast())
 
+    def rules(self) -> tuple[Rule | None, Rule | None]:
+        """Of weight and input as they are multiplied now; None leaves that side as it is."""
+        weight, inputs = self.weight_quantizer, self.input_quantizer
+        return (
+            weight.rule if weight is not None and weight.enabled else None,
+            inputs.rule if inputs is not None and inputs.enabled and inputs.observer is None else None,
+        )
+
     def forward(self, input: Tensor) -> Tensor:
         """[.., in] to [.., out]."""
         for_weight, for_input = self.weight_quantizer, self.input_quantizer
         if for_input is not None and for_input.observer is not None:
             input = for_input(input)
-        weight_on = for_weight is not None and for_weight.enabled
-        input_on = for_input is not None and for_input.enabled and for_input.observer is None
-        if not (weight_on or input_on):
-            return F.linear(input, self._merged_outside_autocast(), self.bias)
-        for quantizer, on in ((for_weight, weight_on), (for_input, input_on)):
-            if quantizer is not None and on:
-                quantizer.check_ready()
-        weight_scale, weight_offset = (
-            for_weight.range_tensors() if for_weight is not None and weight_on else (None, None)
-        )
-        input_scale, input_offset = for_input.range_tensors() if for_input is not None and input_on else (None, None)
+        weight_rule, input_rule = self.rules()
+        weight = self._merged_outside_autocast()
+        if weight_rule is None and input_rule is None:
+            return F.linear(input, weight, self.bias)
+        weight_scale = weight_offset = input_scale = input_offset = None
+        if for_weight is not None and weight_rule is not None:
+            for_weight.check_ready()
+            weight_scale, weight_offset = for_weight.range_tensors()
+        if for_input is not None and input_rule is not None:
+            for_input.check_ready()
+            input_scale, input_offset = for_input.range_tensors()
+        if self.kernels == "int8" and lacks_int8_product(weight_rule, input_rule) is None:
+            assert weight_rule is not None and input_rule is not None
+            return int8_linear(
+                input,
+                weight,
+                self.bias,
+                weight_rule=weight_rule,
+                input_rule=input_rule,
+                weight_scale=weight_scale,
+                byte_gradient=self.byte_gradient,
+            )
         return quantized_linear(
             input,
-            self._merged_outside_autocast(),
+            weight,
             self.bias,
-            weight_rule=for_weight.rule if for_weight is not None and weight_on else None,
+            weight_rule=weight_rule,
             weight_scale=weight_scale,
             weight_offset=weight_offset,
-            input_rule=for_input.rule if for_input is not None and input_on else None,
+            input_rule=input_rule,
             input_scale=input_scale,
             input_offset=input_offset,
+            plain=self.kernels == "plain",
         )
 
     def to_linear(self) -> nn.Linear:

@@ -230,9 +230,12 @@ def both(
     torch.manual_seed(1)
     upper = torch.randn(*x.shape[:-1], len(weight), device=x.device, dtype=x.dtype)
     found = []
-    for layer, options in ((int8_linear, changes), (quantized_linear, {})):
-        leaves = [None if t is None else t.detach().clone().requires_grad_() for t in (x, weight, bias, scale)]
-        y = layer(*leaves[:3], weight_rule=rule, input_rule=Dynamic(inputs), weight_scale=leaves[3], **options)  # type: ignore[operator]
+    layers: list[Any] = [int8_linear, quantized_linear]
+    for layer, options in zip(layers, (changes, {}), strict=True):
+        leaves: list[Any] = [
+            None if t is None else t.detach().clone().requires_grad_() for t in (x, weight, bias, scale)
+        ]
+        y = layer(*leaves[:3], weight_rule=rule, input_rule=Dynamic(inputs), weight_scale=leaves[3], **options)
         y.backward(upper)
         found.append([y.detach(), *(leaf.grad for leaf in leaves if leaf is not None and leaf.grad is not None)])
     assert len(found[0]) == len(found[1])

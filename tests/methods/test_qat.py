@@ -361,6 +361,8 @@ def test_lines_say_what_became_what(prepare: Prepare) -> None:
         "inputs      int8 symmetric, per_token, dynamic",
         "quantized   14 layers, 2 stay as they are",
         "KV cache    int4 asymmetric, per_token, pre_rope, 2 layers",
+        "kernels     simulated products (method.kernels=int8 multiplies bytes in 14 layers); "
+        "levels by plain PyTorch: one-pass kernels need a GPU",
         f"trained     {sum(p.numel() for p in model.parameters()):,} parameters, {ranges:,} of them ranges",
     ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -11,6 +11,7 @@ from qtrain.errors import ConfigError
 from qtrain.methods.config import MethodSection
 from qtrain.methods.qat.start_config import CONFLICTS, INITS, check_name, check_sections
 from qtrain.modules.config import QuantizerSection, WeightSection
+from qtrain.modules.kernel_keys import AUTO, InputGradient
 from qtrain.modules.kv.config import KVCacheSection
 from qtrain.modules.layer_options import section_of
 from qtrain.numerics.spec import BITS, INTEGER_BITS, QuantSpec
@@ -57,6 +58,17 @@ class QatOptions(StartKeys, MethodSection):
     )
     calibration_rows: int = Field(
         32, ge=0, description="rows of training text from which static ranges, weighted starts and init are found"
+    )
+    kernels: Literal["auto", "plain", "triton", "int8"] = Field(
+        "auto",
+        description="arithmetic of the training, with the same codes: plain PyTorch; triton: one-pass kernels on a "
+        "GPU; int8: products of the codes themselves where inputs are dynamic by token and weights have one scale a "
+        f"row, both symmetric, else as triton; auto: {AUTO}",
+    )
+    input_gradient: InputGradient = Field(
+        "full",
+        description="gradients of a layer's input: full, or int8: products of bytes, for which the output's gradient "
+        "is rounded to int8 by token (with kernels: int8; weights' gradients stay as they are)",
     )
     scale_lr: float | None = Field(None, gt=0, description="learning rate of learned ranges; default: optimizer.lr")
     start_step: int = Field(0, ge=0, description="optimizer steps in full precision before quantization sets in")
@@ -124,6 +136,8 @@ class QatOptions(StartKeys, MethodSection):
             raise ValueError("nothing is quantized: set method.weight.format, method.activation.format or others")
         if self.lora is not None and self.weight is None:
             raise ValueError("method.lora trains inside the weights' quantizer: set method.weight.format")
+        if self.input_gradient == "int8" and (AUTO if self.kernels == "auto" else self.kernels) != "int8":
+            raise ValueError("input_gradient: int8 is for layers whose products are of bytes: kernels: int8")
         if self.bits_schedule:
             last = self.bits_schedule[max(self.bits_schedule)]
             if self.weight is None or INTEGER_BITS.get(self.weight.format, 0) < INTEGER_BITS[last]:

@@ -29,6 +29,7 @@ from qtrain.models.quantized.tensors import TensorFiles
 from qtrain.models.stored import stored_weights
 from qtrain.modules.calibrate import calibrate
 from qtrain.modules.deployed import DeployedModel
+from qtrain.modules.kernel_choice import kernel_lines, use_kernels
 from qtrain.modules.kv.prepare import has_cache_scales, kv_quantizers, prepare_kv
 from qtrain.modules.prepare import Prepared, prepare_modules
 from qtrain.modules.quant_linear import QuantLinear
@@ -82,6 +83,7 @@ class Qat(Method[QatOptions]):
                 first_last=options.first_last,
                 head=options.head,
             )
+            use_kernels(model, options.kernels, options.input_gradient)
         if options.init is not None and not restoring:
             before = copied_parameters(model, stored)
             bf16 = compute_dtype == torch.bfloat16
@@ -253,6 +255,7 @@ class Qat(Method[QatOptions]):
             lines.append(f"KV cache    {words}, {len(self._kv)} layers")
         if self.options.init is not None:
             lines.append(start_line(self.options.init, model, self._begun))
+        lines += kernel_lines(model)
         ranges = sum(p.numel() for _, q in quantizers(model) for p in q.parameters(recurse=False) if p.requires_grad)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         return [*lines, f"trained     {trained:,} parameters" + (f", {ranges:,} of them ranges" if ranges else "")]

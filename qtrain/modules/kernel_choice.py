@@ -1,0 +1,70 @@
+"""The arithmetic of a model's fake-quantized linear layers: set for all of them, and said in words."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import nn
+
+from qtrain.kernels.int8_linear import lacks_int8_product
+from qtrain.modules.kernel_keys import AUTO, InputGradient, Kernels
+from qtrain.modules.quant_linear import QuantLinear
+
+try:
+    from qtrain.kernels import code_rows, quantize_rows
+except ImportError:  # Triton comes with torch where there is a GPU
+    code_rows = quantize_rows = None  # type: ignore[assignment]
+
+
+def use_kernels(model: nn.Module, kernels: Kernels | Literal["auto"], input_gradient: InputGradient = "full") -> None:
+    """Let every ``QuantLinear`` multiply this way from now on."""
+    for layer in _layers(model):
+        layer.kernels = AUTO if kernels == "auto" else kernels
+        layer.byte_gradient = input_gradient == "int8"
+
+
+def kernel_lines(model: nn.Module) -> list[str]:
+    """``kernels  int8 products in 14 layers, ...``: what multiplies, what quantizes, and why not otherwise."""
+    layers = list(_layers(model))
+    if not layers:
+        return []
+    asked = layers[0].kernels
+    lacking = [lacks_int8_product(*layer.rules()) for layer in layers]
+    products = "simulated products"
+    if asked == "int8":
+        where = "int8 tensor cores" if _on_gpu(layers[0]) and code_rows is not None else "torch's integer product"
+        parts = [f"int8 products in {lacking.count(None)} layers ({where}"]
+        parts[0] += ", gradients of inputs too)" if layers[0].byte_gradient else ")"
+        reasons = Counter(reason for reason in lacking if reason is not None)
+        parts += [f"simulated in {count}: {reason}" for reason, count in reasons.items()]
+        products = ", ".join(parts)
+    elif None in lacking:
+        products += f" (method.kernels=int8 multiplies bytes in {lacking.count(None)} layers)"
+    return [f"kernels     {products}; levels {_levels(layers, asked)}"]
+
+
+def _levels(layers: list[QuantLinear], asked: Kernels) -> str:
+    if asked == "plain":
+        return "by plain PyTorch"
+    if not _on_gpu(layers[0]):
+        return "by plain PyTorch: one-pass kernels need a GPU"
+    if quantize_rows is None:
+        return "by plain PyTorch: triton is not installed"
+    unknown: Counter[str] = Counter()
+    for layer in layers:
+        quantizer = layer.weight_quantizer
+        if quantizer is not None and not quantize_rows.knows(quantizer.rule.key, layer.weight.shape):
+            unknown[f"{quantizer.spec.format} {quantizer.spec.granularity} {list(layer.weight.shape)}"] += 1
+    words = "".join(f", plain for {count} weights of {kind}" for kind, count in unknown.items())
+    return f"by one-pass kernels{words}"
+
+
+def _on_gpu(layer: QuantLinear) -> bool:
+    return layer.weight.is_cuda and torch.version.cuda is not None
+
+
+def _layers(model: nn.Module) -> Iterator[QuantLinear]:
+    return (module for module in model.modules() if isinstance(module, QuantLinear))

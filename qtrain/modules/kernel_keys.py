@@ -1,0 +1,13 @@
+"""Which arithmetic a fake-quantized layer trains with, by the names of the keys."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Kernels = Literal["plain", "triton", "int8"]
+"""plain: levels by PyTorch's operations, multiplied as floats. triton: levels by one-pass kernels where there is a GPU.
+int8: codes multiplied as bytes where a layer's specs allow it, else as triton."""
+AUTO: Kernels = "triton"
+"""What ``auto`` is; ``int8`` once benchmarks/qat_linear_gpu.py has shown on a GPU that it wins."""
+InputGradient = Literal["full", "int8"]
+"""full: a layer passes on dY fq(W), multiplied in its own dtype. int8: as bytes, dY rounded by token."""
