@@ -42,7 +42,7 @@ class Fold:
     def apply(self, root: nn.Module, scale: Tensor) -> None:
         """Rewrite source and consumers in place; ``scale`` [rows of the source] is positive."""
         scale = scale.to(torch.float64)  # each number is rounded once, to its own dtype
-        _scale_rows(root.get_submodule(self.source), 1 / scale, self.offset)
+        scale_rows(root.get_submodule(self.source), 1 / scale, self.offset)
         for name in self.consumers:
             _scale(root.get_parameter(f"{name}.weight"), scale[self.channel])
 
@@ -136,9 +136,9 @@ class _Trial:
         own = torch.arange(rows, device=self.hidden[0].device)
         ramp = 1 + (own + 1).to(torch.float64) / rows
         before = self._input(fold.consumers[0])
-        _scale_rows(source, ramp, fold.offset)
+        scale_rows(source, ramp, fold.offset)
         after = self._input(fold.consumers[0])
-        _scale_rows(source, 1 / ramp, fold.offset)
+        scale_rows(source, 1 / ramp, fold.offset)
         if before.shape != after.shape or not len(before):
             return None  # a router sent other tokens
         size = before.abs().amax(dim=0)
@@ -182,7 +182,7 @@ class _Trial:
         return list(called)
 
 
-def _scale_rows(module: nn.Module, factor: Tensor, offset: float) -> None:
+def scale_rows(module: nn.Module, factor: Tensor, offset: float) -> None:
     """What the module gives, times ``factor`` [rows]."""
     weight = module.get_parameter("weight")
     _scale(weight, factor.unsqueeze(1) if weight.ndim == 2 else factor, offset)

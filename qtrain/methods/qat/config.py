@@ -136,6 +136,13 @@ class QatOptions(StartKeys, MethodSection):
             raise ValueError("nothing is quantized: set method.weight.format, method.activation.format or others")
         if self.lora is not None and self.weight is None:
             raise ValueError("method.lora trains inside the weights' quantizer: set method.weight.format")
+        if self.kv_cache is not None and self.kv_cache.smooth:
+            if self.lora is not None:
+                raise ValueError(
+                    "kv_cache.smooth with lora: adapters are trained over the weights of model.path as they are"
+                )
+            if not self.calibration_rows:
+                raise ValueError("kv_cache.smooth looks at text: calibration_rows=32")
         if self.input_gradient == "int8" and (AUTO if self.kernels == "auto" else self.kernels) != "int8":
             raise ValueError("input_gradient: int8 is for layers whose products are of bytes: kernels: int8")
         if self.bits_schedule:

@@ -22,7 +22,7 @@ from qtrain.methods.qat.config import QatOptions
 from qtrain.methods.qat.deployed import deployed_cache, deployed_tensors
 from qtrain.methods.qat.lines import described, start_line
 from qtrain.methods.qat.serving import serving_notes
-from qtrain.methods.qat.start import begin_at, copied_parameters, moved_since, with_parameters
+from qtrain.methods.qat.start import begin_at, calibration_rows, copied_parameters, moved_since, with_parameters
 from qtrain.methods.qat.streamed import TrainedLayers
 from qtrain.methods.streamed import RunFiles, Streamed
 from qtrain.models.quantized.tensors import TensorFiles
@@ -36,6 +36,7 @@ from qtrain.modules.quant_linear import QuantLinear
 from qtrain.modules.quantizers import full_precision, quantizers, round_to_nearest
 from qtrain.modules.schedule import QuantizationSchedule
 from qtrain.ptq.activation_stats import Calibration
+from qtrain.ptq.key_smoothing import Smoothed, smooth_keys
 
 
 class Qat(Method[QatOptions]):
@@ -49,6 +50,7 @@ class Qat(Method[QatOptions]):
         super().__init__(options)
         self._prepared = Prepared({})
         self._kv: list[str] = []
+        self._smoothed: list[Smoothed] = []
         self._begun: list[str] | None = None  # layers that begin at the codes of ``init``
         self._before_start: dict[str, Tensor] | None = None  # parameters that it moved
 
@@ -72,6 +74,11 @@ class Qat(Method[QatOptions]):
         options, stored = self.options, model.dtype
         as_stored = options.lora is not None and compute_dtype == torch.bfloat16
         model.to(device=device, dtype=None if as_stored else torch.float32)  # type: ignore[call-arg]
+        bf16 = compute_dtype == torch.bfloat16
+        context = partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=bf16)
+        if options.kv_cache is not None and options.kv_cache.smooth and not restoring:
+            rows = calibration_rows("method.kv_cache.smooth=true", options.calibration_rows, text)
+            self._smoothed = smooth_keys(model, options.kv_cache, rows, context=context, progress=progress)
         if any((options.weight, options.activation, options.embedding, options.rules)):
             self._prepared = prepare_modules(
                 model,
@@ -86,8 +93,6 @@ class Qat(Method[QatOptions]):
             use_kernels(model, options.kernels, options.input_gradient)
         if options.init is not None and not restoring:
             before = copied_parameters(model, stored)
-            bf16 = compute_dtype == torch.bfloat16
-            context = partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=bf16)
             self._begun = begin_at(model, options, text=text, context=context, progress=progress)
             self._before_start = moved_since(model, before)
         if options.kv_cache is not None:
@@ -253,6 +258,11 @@ class Qat(Method[QatOptions]):
             kind = "symmetric" if section.symmetric else "asymmetric"
             words = f"{section.format} {kind}, {section.shared}, {section.site}"
             lines.append(f"KV cache    {words}, {len(self._kv)} layers")
+        if self._smoothed:
+            before, after = (sum(getattr(it, key) for it in self._smoothed) for key in ("before", "after"))
+            lines.append(
+                f"smoothed    keys of {len(self._smoothed)} blocks, whose error falls by {1 - after / before:.0%}"
+            )
         if self.options.init is not None:
             lines.append(start_line(self.options.init, model, self._begun))
         lines += kernel_lines(model)

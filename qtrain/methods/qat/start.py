@@ -20,7 +20,6 @@ from qtrain.modules.quantizers import quantizers
 from qtrain.modules.record import LinearRecord
 from qtrain.numerics.affine import quantize
 from qtrain.ptq.block_start import nearest_weights
-from qtrain.ptq.config import StartSection
 from qtrain.ptq.start import Start
 from qtrain.ptq.walk import quantize_blocks
 from qtrain.registry import resolve
@@ -51,7 +50,9 @@ def begin_at(
     """
     assert options.init is not None
     section = options.start_options(options.init)
-    rows = _rows(section, options, text)
+    rows: Sequence[Tensor] = ()
+    if section.needs_text:
+        rows = calibration_rows(f"method.init={options.init}", options.calibration_rows, text)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantLinear)}
     specs = {name: layer.weight_quantizer.spec for name, layer in layers.items() if layer.weight_quantizer is not None}
     begun: list[str] = []
@@ -110,16 +111,19 @@ def _fill(model: nn.Module, values: Mapping[str, Tensor]) -> None:
         model.get_parameter(name).copy_(value)
 
 
-def _rows(section: StartSection, options: QatOptions, text: Text | None) -> Sequence[Tensor]:
-    if not section.needs_text:
-        return ()
+def calibration_rows(key: str, count: int, text: Text | None) -> Sequence[Tensor]:
+    """``count`` rows of training text.
+
+    Raises:
+        DataError: ``key`` looks at text, and there is none.
+    """
     if text is None:
         raise DataError(
-            f"method.init={options.init} looks at text, and there is none",
+            f"{key} looks at text, and there is none",
             rule="it takes rows of data.train",
-            fix="set data.train, or a start that needs none: method.init=hqq",
+            fix="set data.train, or what needs none: method.init=hqq, method.kv_cache.smooth=false",
         )
-    return text(options.calibration_rows)
+    return text(count)
 
 
 def _own(layer: QuantLinear) -> list[Quantizer]:

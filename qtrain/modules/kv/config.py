@@ -54,6 +54,10 @@ class KVCacheSection(QuantizerSection):
     residual: int | None = Field(
         None, ge=0, description="newest tokens that stay in full precision; default 128 with per_channel, else 0"
     )
+    smooth: bool = Field(
+        False,
+        description="move outlier channels of keys into the queries first, found on text; the model stays the same",
+    )
     key: KVSide = Field(default_factory=KVSide, description="what is different for keys: {format: int8}")
     value: KVSide = Field(default_factory=KVSide, description="what is different for values")
 
@@ -73,6 +77,10 @@ class KVCacheSection(QuantizerSection):
             raise ValueError(
                 f"share: {self.shared} with range: {self.range}: one range is kept for all tokens and heads: "
                 "share: per_tensor, or range: dynamic"
+            )
+        if self.smooth and (self.range != "dynamic" or self.shared == "per_channel"):
+            raise ValueError(
+                "smooth: true weighs channels of a token with one scale: range: dynamic, share: per_head or per_token"
             )
         if self.shared == "per_channel" and self.group_size is None:
             raise ValueError("share: per_channel groups the tokens of a channel: group_size: 32")
