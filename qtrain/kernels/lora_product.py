@@ -113,9 +113,9 @@ class _Products(torch.autograd.Function):
         rows, low, *factors = ctx.saved_tensors
         part = ctx.part.with_factors(*_halves(factors))
         dys = [dy.reshape(-1, dy.shape[-1]).to(ctx.compute.dtype) for dy in gradients]
-        d_low = part.low_gradient(dys)
-        d_rows = part.input_gradient(dys, d_low) if ctx.needs_input_grad[0] else None
-        d_factors = part.factor_gradients(rows, low, d_low, dys, ctx.needs_input_grad[5:])
+        d_low, mask = part.low_gradient(dys), part.dropout.mask(rows)
+        d_rows = part.input_gradient(dys, d_low, mask) if ctx.needs_input_grad[0] else None
+        d_factors = part.factor_gradients(rows, low, d_low, dys, mask, ctx.needs_input_grad[5:])
         return _as_given(d_rows, ctx), None, None, None, None, *d_factors
 
 
@@ -150,14 +150,14 @@ class _Mlp(torch.autograd.Function):
         first, second = ctx.parts[0].with_factors(a[:2], b[:2]), ctx.parts[1].with_factors(a[2:], b[2:])
         needs = ctx.needs_input_grad[6:]
         dy = [gradients[0].reshape(-1, gradients[0].shape[-1]).to(ctx.compute.dtype)]
-        d_low_down = second.low_gradient(dy)
-        h, *d_opened = gated_backward(ctx.activation, gate, up, second.input_gradient(dy, d_low_down))
-        d_a_down, d_b_down = second.factor_gradients(h, low_down, d_low_down, dy, (needs[2], needs[5]))
-        del h
-        d_low = first.low_gradient(d_opened)
-        d_rows = first.input_gradient(d_opened, d_low) if ctx.needs_input_grad[0] else None
+        d_low_down, mask = second.low_gradient(dy), second.dropout.mask(gate)
+        h, *d_opened = gated_backward(ctx.activation, gate, up, second.input_gradient(dy, d_low_down, mask))
+        d_a_down, d_b_down = second.factor_gradients(h, low_down, d_low_down, dy, mask, (needs[2], needs[5]))
+        del h, mask
+        d_low, mask = first.low_gradient(d_opened), first.dropout.mask(rows)
+        d_rows = first.input_gradient(d_opened, d_low, mask) if ctx.needs_input_grad[0] else None
         wanted = (*needs[:2], *needs[3:5])
-        d_a_gate, d_a_up, d_b_gate, d_b_up = first.factor_gradients(rows, low, d_low, d_opened, wanted)
+        d_a_gate, d_a_up, d_b_gate, d_b_up = first.factor_gradients(rows, low, d_low, d_opened, mask, wanted)
         d_factors = (d_a_gate, d_a_up, d_a_down, d_b_gate, d_b_up, d_b_down)
         return _as_given(d_rows, ctx), None, None, None, None, None, *d_factors
 
@@ -173,12 +173,12 @@ class _Dropout(NamedTuple):
         """What keeps the mean, 1 / (1 - share): left to a product's factor, for in bf16 it is 0.2 % off."""
         return 1.0 / (1.0 - self.share)
 
-    def masked(self, x: Tensor) -> Tensor:
-        """m x with m of 0 and 1; x itself where nothing is dropped."""
+    def mask(self, like: Tensor) -> Tensor | None:
+        """m of 0 and 1, in the shape and dtype of its input; None where nothing is dropped."""
         if not self.share:
-            return x
-        generator = torch.Generator(x.device).manual_seed(self.seed)
-        return torch.empty_like(x).bernoulli_(1.0 - self.share, generator=generator).mul_(x)
+            return None
+        generator = torch.Generator(like.device).manual_seed(self.seed)
+        return torch.empty_like(like).bernoulli_(1.0 - self.share, generator=generator)
 
 
 class _Part(NamedTuple):
@@ -199,7 +199,9 @@ class _Part(NamedTuple):
 
     def forward(self, rows: Tensor) -> tuple[list[Tensor], Tensor]:
         """y of each linear, and low."""
-        low = _product(self.dropout.masked(rows), self._stacked(rows.dtype).t(), self.dropout.gain)
+        mask = self.dropout.mask(rows)
+        seen = rows if mask is None else mask.mul_(rows)
+        low = _product(seen, self._stacked(rows.dtype).t(), self.dropout.gain)
         ys = []
         for frozen, own, b, scaling in zip(self.frozen, self._split(low), self.b, self.scalings, strict=True):
             y = frozen.product(rows)
@@ -213,24 +215,31 @@ class _Part(NamedTuple):
             own.addmm_(dy, b.to(dy.dtype), beta=0, alpha=scaling)
         return d_low
 
-    def input_gradient(self, dys: Sequence[Tensor], d_low: Tensor) -> Tensor:
+    def input_gradient(self, dys: Sequence[Tensor], d_low: Tensor, mask: Tensor | None) -> Tensor:
         """dL/dx: through the frozen weights, then through the adapters."""
         dtype = d_low.dtype
         d_rows = dys[0] @ self.frozen[0].weight(dtype)
         for dy, frozen in zip(dys[1:], self.frozen[1:], strict=True):
             d_rows.addmm_(dy, frozen.weight(dtype))
-        if not self.dropout.share:
+        if mask is None:
             return d_rows.addmm_(d_low, self._stacked(dtype))
-        return d_rows.add_(self.dropout.masked(_product(d_low, self._stacked(dtype), self.dropout.gain)))
+        return d_rows.addcmul_(mask, _product(d_low, self._stacked(dtype), self.dropout.gain))
 
     def factor_gradients(
-        self, rows: Tensor, low: Tensor, d_low: Tensor, dys: Sequence[Tensor], needs: Sequence[bool]
+        self,
+        rows: Tensor,
+        low: Tensor,
+        d_low: Tensor,
+        dys: Sequence[Tensor],
+        mask: Tensor | None,
+        needs: Sequence[bool],
     ) -> tuple[Tensor | None, ...]:
-        """dL/dA of each, then dL/dB of each; None where ``needs`` says so."""
+        """dL/dA of each, then dL/dB of each; None where ``needs`` says so. The mask is used up."""
         count = len(self.a)
         d_a: Sequence[Tensor] = ()
         if any(needs[:count]):
-            d_a = _product(d_low.t(), self.dropout.masked(rows), self.dropout.gain).split(self._ranks)
+            seen = rows if mask is None else mask.mul_(rows)
+            d_a = _product(d_low.t(), seen, self.dropout.gain).split(self._ranks)
         found = [own.to(a.dtype) if need else None for own, a, need in zip(d_a, self.a, needs, strict=False)]
         found += [None] * (count - len(found))
         for dy, own, b, scaling, need in zip(dys, self._split(low), self.b, self.scalings, needs[count:], strict=True):

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from qtrain.kernels.quantize_rows import _to
 
-WORDS = 512
-"""Words of eight codes in a tile."""
+WORDS, WARPS = 512, 4
+"""Words of eight codes in a tile, and the warps that share it: four words in each thread, all under way at once."""
 
 
 def fits(words: Tensor, state: QuantState, dtype: torch.dtype) -> bool:
@@ -50,6 +50,7 @@ def dequantize(words: Tensor, state: QuantState, dtype: torch.dtype, out: Tensor
         SECOND=second.blocksize,
         NESTED=state.nested,
         WORDS=WORDS,
+        num_warps=WARPS,
         enable_fp_fusion=False,  # a fused multiply-add rounds once where bitsandbytes rounds twice
     )
     return out

@@ -45,7 +45,7 @@ class QLoraOptions(MethodSection):
     fused_blocks: Literal["auto", "all", "none"] = Field(
         "auto",
         description="linears that share an input, and gated MLPs, run as one function that keeps less for the "
-        "backward; all: with kernels too that no measurement has shown to be faster",
+        "backward; all: with dropout and kernels too, which no measurement has shown to be faster yet",
     )
     neftune_alpha: float | None = Field(None, gt=0, description="noise on the embeddings in training (Jain 2023)")
     lora_init: Literal["default", "gaussian", "orthogonal"] = Field(
