@@ -12,6 +12,11 @@ from qtrain.numerics.affine import QParams, dequantize, round_scale
 from qtrain.numerics.packing import unpack
 from qtrain.numerics.spec import QuantSpec
 
+try:
+    from qtrain.kernels import packed_tiles
+except ImportError:  # Triton comes with torch where there is a GPU
+    packed_tiles = None  # type: ignore[assignment]
+
 CHUNK_BYTES = 64 * 2**20
 """Of the weight's gradient, fp32, that is there at a time while it is summed into the scales' gradients."""
 
@@ -26,6 +31,7 @@ class Packed(NamedTuple):
         outlier_index: int32 [n], flattened positions of weights that are kept in 16 bits, or None.
         outlier_value: [n], those.
         whole_zero_points: False where zero points are fp32 numbers of any value (HQQ's), never rounded.
+        tiles: let the kernels in Triton do what they know.
     """
 
     words: Tensor
@@ -34,13 +40,19 @@ class Packed(NamedTuple):
     outlier_index: Tensor | None = None
     outlier_value: Tensor | None = None
     whole_zero_points: bool = True
+    tiles: bool = False
 
 
 def packed_weight(packed: Packed, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:
     """W [out, in] = (q - z) s as a consumer that runs in ``dtype`` computes it; scale and z rounded as stored."""
-    codes = unpack(packed.words, packed.spec.bits, packed.columns)
-    qparams = QParams(round_scale(scale, packed.spec), _stored(zero_point, packed))
-    weight = dequantize(codes, qparams, packed.spec, torch.float32 if dtype == torch.float64 else dtype).to(dtype)
+    spec, qparams = packed.spec, QParams(round_scale(scale, packed.spec), _stored(zero_point, packed))
+    if _tiled(packed, scale, dtype):
+        seen = qparams.scale if spec.scale_dtype == "fp32" else qparams.scale.to(dtype)
+        arguments = (packed.words, spec.bits, packed.columns, seen, qparams.zero_point, dtype)
+        weight = packed_tiles.dequantize(*arguments, mid_rise=spec.mid_rise)
+    else:
+        codes = unpack(packed.words, spec.bits, packed.columns)
+        weight = dequantize(codes, qparams, spec, torch.float32 if dtype == torch.float64 else dtype).to(dtype)
     if packed.outlier_index is not None and packed.outlier_value is not None:
         weight.view(-1)[packed.outlier_index.long()] = packed.outlier_value.to(dtype)
     return weight
@@ -112,6 +124,18 @@ def _from_weight_gradient(
 ) -> tuple[Tensor, Tensor | None]:
     """Both gradients [out, groups] from G = dY^T X, some rows of G at a time."""
     spec, (out, groups) = packed.spec, scale.shape
+    if _tiled(packed, dy, dy.dtype) and x.dtype == dy.dtype:
+        left_out = None
+        if packed.outlier_index is not None:
+            left_out = torch.zeros(out, packed.columns, dtype=torch.bool, device=dy.device)
+            left_out.view(-1)[packed.outlier_index.long()] = True
+        leveled, summed = packed_tiles.group_gradients(
+            *(dy, x, packed.words, spec.bits, groups, _stored(zero_point, packed)),
+            mid_rise=spec.mid_rise,
+            left_out=left_out,
+            sums=trains_zero,
+        )
+        return leveled, None if summed is None else -summed * round_scale(scale, spec).to(torch.float32)
     exact = torch.promote_types(dy.dtype, torch.float32)
     dscale = torch.empty(out, groups, device=dy.device)
     dzero = torch.empty_like(dscale) if trains_zero else None
@@ -132,6 +156,23 @@ def _from_weight_gradient(
         if dzero is not None:
             dzero[part] = -gradient.sum(-1) * round_scale(scale[part], spec).to(exact)
     return dscale, dzero
+
+
+def _tiled(packed: Packed, tensor: Tensor, dtype: torch.dtype) -> bool:
+    return packed.tiles and packed_tiles is not None and packed_tiles.fits(tensor, dtype)
+
+
+def choose_tiles(asked: str, device: torch.device) -> tuple[bool, str]:
+    """Whether the kernels in Triton are used, and why.
+
+    Args:
+        asked: ``auto``, ``plain`` or ``triton``.
+    """
+    if asked != "triton":
+        return False, "PyTorch's own operations" + ("" if asked == "plain" else " (kernels=triton is an option)")
+    if packed_tiles is None or device.type != "cuda":
+        return False, "PyTorch's own operations: those in Triton need " + ("a GPU" if packed_tiles else "Triton")
+    return True, "Triton: dequantization, gradients of groups"
 
 
 def _clear(gradient: Tensor, index: Tensor, first: int) -> None:

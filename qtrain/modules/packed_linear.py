@@ -31,8 +31,10 @@ class PackedLinear(nn.Linear):
         zero: fp32 [out, groups], in their place where zero points train or were trained, else None.
         outlier_index, outlier_value: weights that the codes do not hold, or None.
         input_quantizer: None leaves inputs as they are.
+        tiles: let the kernels in Triton do what they know.
     """
 
+    tiles = False
     spec: QuantSpec
     scale: nn.Parameter
     zero: nn.Parameter | None
@@ -101,9 +103,8 @@ class PackedLinear(nn.Linear):
     @property
     def packed(self) -> Packed:
         """What does not train."""
-        return Packed(
-            self.weight, self.in_features, self.spec, self.outlier_index, self.outlier_value, self.whole_zero_points
-        )
+        outliers = self.outlier_index, self.outlier_value
+        return Packed(self.weight, self.in_features, self.spec, *outliers, self.whole_zero_points, self.tiles)
 
     @property
     def whole_zero_points(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -40,6 +40,11 @@ class PackedKeys(StartKeys):
     init: str = Field("gptq", description="what chooses the integers: " + ", ".join(INITS))
     calibration_rows: int = Field(
         128, ge=1, description="rows of training text that starting points look at, where they look at text"
+    )
+    kernels: Literal["auto", "plain", "triton"] = Field(
+        "auto",
+        description="of packed layers: plain is PyTorch's operations, triton unpacks in one pass and sums gradients of "
+        "groups without the weight's; auto is plain",
     )
     spqr: SpqrSection = Field(default_factory=SpqrSection, description="options of init=spqr")
     block_ap: BlockApSection = Field(default_factory=BlockApSection, description="options of init=block_ap")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qtrain.errors import ExportError
+from qtrain.kernels.packed_linear import choose_tiles
 from qtrain.methods.method import Context, Method, Progress, Text
 from qtrain.methods.packed.config import PackedOptions
 from qtrain.methods.packed.deployed import deployed_tensors
@@ -99,8 +100,11 @@ class PackedMethod(Method[Options]):
         return None
 
     def lines(self, model: nn.Module) -> list[str]:
-        """What is packed to how many bytes, and by which start."""
-        return [*packed_lines(packed_layers(model).values()), f"start       {self.options.init}"]
+        """What is packed to how many bytes, by which start, and whose kernels unpack it."""
+        layers = packed_layers(model)
+        device = next(iter(layers.values())).weight.device if layers else torch.device("cpu")
+        _, kernels = choose_tiles(self.options.kernels, device)
+        return [*packed_lines(layers.values()), f"start       {self.options.init}", f"kernels     {kernels}"]
 
     @staticmethod
     def run(plain: PreTrainedModel, ids: Tensor, context: Context) -> None:

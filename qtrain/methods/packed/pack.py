@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qtrain.errors import DataError, ModelError
+from qtrain.kernels.packed_linear import choose_tiles
 from qtrain.methods.config import KEPT
 from qtrain.methods.method import Context, Progress, Text
 from qtrain.methods.packed.config import PackedKeys
@@ -55,6 +56,9 @@ def pack_layers(
                 fix="a GPTQ, AWQ or compressed-tensors directory as model.path, or method.init=gptq",
             )
         _choose(model, options, device, text, context, progress, scratch)
+    tiles, _ = choose_tiles(options.kernels, device)
+    for layer in packed_layers(model).values():
+        layer.tiles = tiles
     model.to(device)  # type: ignore[arg-type]
 
 
