@@ -1,4 +1,4 @@
-# make demo | test | check | coverage | test-slow | test-gpu | test-peer | clean
+# make demo | test | check | coverage | test-slow | test-gpu | test-peer | consumers | test-consumers | clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,7 +16,7 @@ $(DEV): $(STAMP)
 	$(PIP) -c constraints.txt -e ".[dev]"
 	touch $@
 
-.PHONY: install demo test check explore coverage test-slow test-gpu test-peer clean
+.PHONY: install demo test check explore coverage test-slow test-gpu test-peer consumers test-consumers clean
 install: $(DEV)
 
 MODEL := $(VENV)/.model
@@ -53,5 +53,29 @@ test-gpu:
 test-peer: $(DEV)
 	$(BIN)/python -m pytest -m peer
 
+# Programs that read exports. Each has an environment of its own over that of .venv, for their pins contradict.
+CONSUMERS := .consumers
+gptqmodel := gptqmodel==7.7.0 optimum==2.3.0 defuser device-smi logbar pypcre tokenicer threadpoolctl
+torchao := torchao==0.18.0
+onnx := onnxruntime-genai==0.18.0 onnxruntime==1.31.1 onnx onnx_ir ml_dtypes flatbuffers coloredlogs humanfriendly
+openvino := openvino-genai==2026.4.1.0 openvino openvino-tokenizers openvino-telemetry
+READERS := gptqmodel torchao onnx openvino
+
+$(CONSUMERS)/%/.installed: $(DEV)
+	$(PYTHON) -m venv $(CONSUMERS)/$*
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> $$($(CONSUMERS)/$*/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/over.pth
+	$(CONSUMERS)/$*/bin/python -m pip install -q --disable-pip-version-check setuptools wheel ninja
+	$(CONSUMERS)/$*/bin/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation $($*)
+	touch $@
+
+consumers: $(READERS:%=$(CONSUMERS)/%/.installed)
+
+test-consumers: consumers
+	$(CONSUMERS)/gptqmodel/bin/python -m pytest tests/export/test_gptqmodel.py tests/export/test_consumers.py
+	$(CONSUMERS)/torchao/bin/python -m pytest tests/export/test_torchao.py
+	$(CONSUMERS)/onnx/bin/python -m pytest -m peer tests/export/test_onnx_genai.py tests/export/test_onnx_int8.py
+	$(CONSUMERS)/openvino/bin/python -m pytest -m peer tests/export/test_gguf_openvino.py
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(CONSUMERS) build dist *.egg-info
