@@ -131,6 +131,42 @@ def test_dropout_is_one_mask_of_the_adapters_input() -> None:
     assert not torch.equal(again != 0, mask)
 
 
+class OneMemory:
+    """A weight that lies where every other lies, for as long as no other is asked for."""
+
+    memory = torch.empty(64, dtype=torch.float64)
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight
+
+    def product(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight(x.dtype))
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        self.memory.fill_(float("nan"))
+        return self.memory[: self._weight.numel()].view(self._weight.shape).copy_(self._weight)
+
+
+def test_a_weight_is_used_up_before_the_next_and_never_kept() -> None:
+    parts = linears([(5, 6, 2), (5, 6, 1), (6, 5, 3)], bias=False)
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    leaves = [x, *factors(parts)]
+    gate, up, down = parts
+    wanted = gradients([plain(F.silu(plain(x, gate)) * plain(x, up), down)], leaves)
+    gate, up, down = (part._replace(frozen=OneMemory(part.frozen._layer.weight)) for part in parts)  # type: ignore
+    seen: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        seen.append(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = lora_mlp(x, (gate, up, down), F.silu, EXACT)
+    OneMemory.memory.fill_(float("nan"))
+    assert near(gradients([y], leaves), wanted)
+    assert seen and OneMemory.memory.untyped_storage().data_ptr() not in seen
+
+
 def kept(run: Callable[[], object], known: Sequence[Tensor]) -> dict[tuple[int, ...], int]:
     """Bytes that autograd holds by shape, each memory once, beside what is known."""
     held = {tensor.untyped_storage().data_ptr() for tensor in known}

@@ -42,13 +42,16 @@ def context_of(dtype: torch.dtype) -> Callable[[], torch.autocast]:
     return partial(torch.autocast, "cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
-def adapted(model: PreTrainedModel, base: str, compute: torch.dtype = torch.float32, **keys: Any) -> PeftModel:
+def adapted(
+    model: PreTrainedModel, base: str, compute: torch.dtype = torch.float32, device: torch.device = CPU, **keys: Any
+) -> PeftModel:
     """Adapters of rank 4 with B off its start, in training."""
     model.requires_grad_(False)
     if base == "packed":
         pack(model)
     elif base != "none":
-        quantize_base(model, base, double_quant=True, compute_dtype=compute, device=CPU)
+        quantize_base(model, base, double_quant=True, compute_dtype=compute, device=device)
+    model.to(device)  # type: ignore[arg-type]
     torch.manual_seed(1)
     keys = {"r": 4, "lora_alpha": 8, "target_modules": rf".*\.({ALL})$", **keys}
     found = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **keys))
@@ -352,3 +355,33 @@ def test_the_workspace_is_one_memory_for_all_shapes() -> None:
     assert workspace.take((5, 6), torch.float32, CPU).is_contiguous() and workspace.nbytes() == 120
     workspace.take((2, 2), torch.bfloat16, CPU)
     assert workspace.nbytes() == 128
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("asked", ["auto", "all"])
+@pytest.mark.parametrize("base", BASES)
+def test_on_a_gpu_within_the_rounding_of_bf16(base: str, asked: str, decoder: Decoder) -> None:
+    device = torch.device("cuda")
+    context = partial(torch.autocast, "cuda", dtype=torch.bfloat16)
+    model = decoder("llama", hidden_size=256, intermediate_size=512, head_dim=64).to(torch.bfloat16)
+    found = adapted(model, base, torch.bfloat16, device=device)
+
+    def outcome() -> dict[str, Tensor]:
+        found.zero_grad()
+        with context():
+            logits = plain(found)(input_ids=IDS.to(device)).logits
+        logits.float().square().mean().backward()
+        return {"logits": logits.detach(), **{n: p.grad for n, p in found.named_parameters() if p.grad is not None}}
+
+    wanted = outcome()
+    words = fuse_blocks(plain(found), context, asked)
+    assert "QKV, O and MLP fused" in words and "as PEFT" not in words
+    assert ("a kernel in Triton" in words) == (asked == "all" and base in ("nf4", "fp4"))
+    first = outcome()
+    assert near(first, wanted, 0.05)
+    other = torch.cuda.Stream()
+    other.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(other):  # dense weights in another memory
+        second = outcome()
+    torch.cuda.synchronize()
+    assert near(second, first, 1e-3)
