@@ -12,6 +12,9 @@ from qtrain.kernels.fake_quantize import backward, forward
 from qtrain.kernels.shared_input import Latest, cast_for_product, forget_casts
 from qtrain.numerics.rules import Rule
 
+Options = tuple[str | None, str | None, bool]
+"""Keys of the input's and the weight's rule, and whether to quantize in PyTorch's operations."""
+
 
 def quantized_linear(
     x: Tensor,
@@ -36,9 +39,10 @@ def quantized_linear(
         weight_rule, input_rule: None leaves that side as it is.
         plain: quantize in PyTorch's operations even where there is a kernel.
     """
-    keys = (input_rule and input_rule.key, weight_rule and weight_rule.key)
+    # One argument: autograd looks into each of them.
+    options = input_rule and input_rule.key, weight_rule and weight_rule.key, plain
     result: Tensor = _QuantizedLinear.apply(  # type: ignore[no-untyped-call]
-        cast_for_product(x), weight, bias, input_scale, input_offset, weight_scale, weight_offset, *keys, plain
+        cast_for_product(x), weight, bias, input_scale, input_offset, weight_scale, weight_offset, options
     )
     return result
 
@@ -54,12 +58,11 @@ class _QuantizedLinear(torch.autograd.Function):
         input_offset: Tensor | None,
         weight_scale: Tensor | None,
         weight_offset: Tensor | None,
-        input_key: str | None,
-        weight_key: str | None,
-        plain: bool,
+        options: Options,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, input_scale, input_offset, weight_scale, weight_offset)
-        ctx.keys, ctx.plain, ctx.bias_dtype = (input_key, weight_key), plain, None if bias is None else bias.dtype
+        ctx.options, ctx.bias_dtype = options, None if bias is None else bias.dtype
+        input_key, weight_key, plain = options
         quantized_x = _quantized_input(x, input_scale, input_offset, input_key, plain)
         quantized_w = _forward(weight, weight_scale, weight_offset, weight_key, x.dtype, plain)
         return F.linear(quantized_x, quantized_w, None if bias is None else bias.to(x.dtype))
@@ -67,7 +70,7 @@ class _QuantizedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, input_scale, input_offset, weight_scale, weight_offset = ctx.saved_tensors
-        (input_key, weight_key), plain = ctx.keys, ctx.plain
+        input_key, weight_key, plain = ctx.options
         needs = ctx.needs_input_grad
         upper = gradients[0]
         forget_casts()
@@ -87,7 +90,7 @@ class _QuantizedLinear(torch.autograd.Function):
             asked = needs[1], needs[5], needs[6]
             found_w = _backward(weight, weight_scale, weight_offset, d_w, weight_key, asked, plain)
         d_bias = rows.sum(0).to(ctx.bias_dtype) if needs[2] else None
-        return found_x[0], found_w[0], d_bias, *found_x[1:], *found_w[1:], None, None, None
+        return found_x[0], found_w[0], d_bias, *found_x[1:], *found_w[1:], None
 
 
 _LEVELS: Latest[Tensor] = Latest()

@@ -77,28 +77,18 @@ class QuantLinear(nn.Linear):
 
     def rules(self) -> tuple[Rule | None, Rule | None]:
         """Of weight and input as they are multiplied now; None leaves that side as it is."""
-        weight, inputs = self.weight_quantizer, self.input_quantizer
-        return (
-            weight.rule if weight is not None and weight.enabled else None,
-            inputs.rule if inputs is not None and inputs.enabled and inputs.observer is None else None,
-        )
+        return _rule_in_use(self.weight_quantizer), _rule_in_use(self.input_quantizer)
 
     def forward(self, input: Tensor) -> Tensor:
         """[.., in] to [.., out]."""
         for_weight, for_input = self.weight_quantizer, self.input_quantizer
         if for_input is not None and for_input.observer is not None:
             input = for_input(input)
-        weight_rule, input_rule = self.rules()
         weight = self._merged_outside_autocast()
+        weight_rule, weight_scale, weight_offset = _in_use(for_weight)
+        input_rule, input_scale, input_offset = _in_use(for_input)
         if weight_rule is None and input_rule is None:
             return F.linear(input, weight, self.bias)
-        weight_scale = weight_offset = input_scale = input_offset = None
-        if for_weight is not None and weight_rule is not None:
-            for_weight.check_ready()
-            weight_scale, weight_offset = for_weight.range_tensors()
-        if for_input is not None and input_rule is not None:
-            for_input.check_ready()
-            input_scale, input_offset = for_input.range_tensors()
         if self.kernels == "int8" and lacks_int8_product(weight_rule, input_rule) is None:
             assert weight_rule is not None and input_rule is not None
             return int8_linear(
@@ -136,3 +126,17 @@ class QuantLinear(nn.Linear):
             return self.weight
         with torch.autocast(self.weight.device.type, enabled=False):
             return self.merged_weight()
+
+
+def _rule_in_use(quantizer: Quantizer | None) -> Rule | None:
+    """None where there is no quantizer, or it is off or only looks."""
+    return None if quantizer is None or not quantizer.enabled or quantizer.observer is not None else quantizer.rule
+
+
+def _in_use(quantizer: Quantizer | None) -> tuple[Rule | None, Tensor | None, Tensor | None]:
+    """What quantizes, its scale and its offset."""
+    rule = _rule_in_use(quantizer)
+    if quantizer is None or rule is None:
+        return None, None, None
+    quantizer.check_ready()
+    return rule, *quantizer.range_tensors()
