@@ -50,6 +50,7 @@ def dequantize(words: Tensor, state: QuantState, dtype: torch.dtype, out: Tensor
         SECOND=second.blocksize,
         NESTED=state.nested,
         WORDS=WORDS,
+        BY_HAND=triton.knobs.runtime.interpret,
         num_warps=WARPS,
         enable_fp_fusion=False,  # a fused multiply-add rounds once where bitsandbytes rounds twice
     )
@@ -70,6 +71,7 @@ def _dequantize(  # type: ignore[no-untyped-def]
     SECOND: tl.constexpr,
     NESTED: tl.constexpr,
     WORDS: tl.constexpr,
+    BY_HAND: tl.constexpr,
 ):
     word = tl.program_id(0).to(tl.int64) * WORDS + tl.arange(0, WORDS)
     there = word < count
@@ -84,4 +86,6 @@ def _dequantize(  # type: ignore[no-untyped-def]
     codes = (bits[:, None] >> (4 * (number ^ 1))[None, :]) & 15
     weight = tl.load(code_ptr + codes) * absmax[:, None]
     place = word[:, None] * 8 + number[None, :]
-    tl.store(out_ptr + place, _to(weight, out_ptr.dtype.element_ty), mask=there[:, None])
+    if BY_HAND:  # a GPU rounds to even in one instruction, the interpreter cuts off
+        weight = _to(weight, out_ptr.dtype.element_ty)
+    tl.store(out_ptr + place, weight.to(out_ptr.dtype.element_ty), mask=there[:, None])

@@ -26,10 +26,12 @@ class BlockProof:
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._verdicts: dict[object, tuple[bool, bool]] = {}
+        self._verdicts: dict[object, tuple[str | None, bool]] = {}
 
-    def holds(self, kind: object, layers: Run, block: Run, members: Sequence[Member], like: Tensor) -> bool:
-        """Whether ``block`` is ``layers`` but for rounding; tells the members which dtype their outputs have.
+    def why_not(self, kind: object, layers: Run, block: Run, members: Sequence[Member], like: Tensor) -> str | None:
+        """What keeps ``block`` from being ``layers`` but for rounding, in words; None where nothing does.
+
+        It tells the members which dtype their outputs have.
 
         Args:
             kind: equal for blocks of which one is as good a witness as another.
@@ -38,12 +40,12 @@ class BlockProof:
         """
         if kind not in self._verdicts:
             self._verdicts[kind] = self._compare(layers, block, members, like)
-        equal, follows = self._verdicts[kind]
+        why, follows = self._verdicts[kind]
         for member in members:
             member.follows_input = follows
-        return equal
+        return why
 
-    def _compare(self, layers: Run, block: Run, members: Sequence[Member], like: Tensor) -> tuple[bool, bool]:
+    def _compare(self, layers: Run, block: Run, members: Sequence[Member], like: Tensor) -> tuple[str | None, bool]:
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(like.shape, generator=generator)
         x[..., ::2, :] *= 30.0  # where clamps and soft caps show
@@ -54,9 +56,18 @@ class BlockProof:
             follows = wanted[0].dtype == x.dtype
             for member in members:
                 member.follows_input = follows
-            found = self._outcome(block, x, members)
+            try:
+                found = self._outcome(block, x, members)
+            except Exception as error:  # a compiler that is not there, a chip a kernel does not fit: anything
+                return (
+                    f"kernels that do not run here ({type(error).__name__}: {' '.join(str(error).split())[:80]})",
+                    follows,
+                )
+        if found is None:
+            return "products in another dtype than the training's", follows
         tolerance = TOLERANCES[self._product_dtype(x)]
-        return found is not None and all(_near(*pair, tolerance) for pair in zip(found, wanted, strict=True)), follows
+        equal = all(_near(*pair, tolerance) for pair in zip(found, wanted, strict=True))
+        return None if equal else "results that differ from a block's", follows
 
     def _product_dtype(self, x: Tensor) -> torch.dtype:
         with self._context():

@@ -72,10 +72,11 @@ class _Fused:
             if not members:
                 continue
             block, x = SharedInput(members), next(iter(group.values()))
-            if self._proof.holds(tuple(map(_kind, members)), block.alone, block.outputs, members, x):
+            why = self._proof.why_not(tuple(map(_kind, members)), block.alone, block.outputs, members, x)
+            if why is None:
                 blocks.append((block, x))
             else:
-                self.refused["a block whose results differ"] += len(members)
+                self.refused[why] += len(members)
         mlp = self._mlp(parent, blocks)
         for block, _ in blocks:
             block.install()
@@ -124,12 +125,15 @@ class _Fused:
         if next(rest[0].parameters(), None) is not None:
             return None
         (pair, x), (last, _) = by_size
+        why: str | None = None
         for gate, up in permutations(pair.members):
             members = (gate, up, last.members[0])
             mlp = GatedMlp(parent, members, rest[0], _activation(rest[0]), parent.forward)
             kind = (type(parent), type(rest[0]), gate.name, tuple(map(_kind, members)))
-            if self._proof.holds(kind, mlp.alone, mlp.outputs, members, x):
+            why = self._proof.why_not(kind, mlp.alone, mlp.outputs, members, x)
+            if why is None:
                 return mlp
+        self._notes[f"MLP in parts for {why}"] = None
         return None
 
 

@@ -151,7 +151,9 @@ def test_what_is_no_gated_mlp_is_taken_in_parts(decoder: Decoder) -> None:
         object.__setattr__(layer.mlp, "forward", lambda x, own=own: own(x).clamp(-0.02, 0.02))
     wanted = step(model)
     words = fuse_blocks(plain(model), context_of(torch.float32), "auto")
-    assert words.startswith("QKV, O, gate+up and down fused over 16 bits (2 layers)")
+    assert words == (
+        "QKV, O, gate+up and down fused over 16 bits (2 layers), MLP in parts for results that differ from a block's"
+    )
     assert near(step(model), wanted, 3e-6)
 
 
@@ -335,7 +337,23 @@ def test_a_block_that_computes_otherwise_is_refused(decoder: Decoder) -> None:
         layer.self_attn.o_proj.__class__ = Doubled
     wanted = step(model)
     words = fuse_blocks(plain(model), context_of(torch.float32), "auto")
-    assert words.startswith("QKV and MLP fused") and "2 layers for a block whose results differ" in words
+    assert words.startswith("QKV and MLP fused") and words.endswith(
+        "as PEFT has them: 2 layers for results that differ from a block's"
+    )
+    assert near(step(model), wanted, 3e-6)
+
+
+def test_kernels_that_do_not_run_are_named(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: Any) -> None:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr("qtrain.kernels.lora_product.gated", broken)
+    model = adapted(decoder("llama"), "none")
+    wanted = step(model)
+    words = fuse_blocks(plain(model), context_of(torch.float32), "auto")
+    assert words.startswith("QKV, O, gate+up and down fused") and words.endswith(
+        "MLP in parts for kernels that do not run here (RuntimeError: Failed to find C compiler)"
+    )
     assert near(step(model), wanted, 3e-6)
 
 
