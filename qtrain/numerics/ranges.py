@@ -70,18 +70,17 @@ def _search(
     values: Tensor, widest: QParams, heights: Tensor | None, spec: QuantSpec, factors: Sequence[float], refits: int
 ) -> QParams:
     """The best of ``widest`` and fractions of it, then of that and least-squares scales, for each group alone."""
-    buffer = torch.empty_like(values)
+    buffer, product = torch.empty_like(values), torch.empty_like(values)
     low, high = values.amin(dim=-1), values.amax(dim=-1)
-    best, least = widest, _error(values, widest, heights, spec, buffer)
-    # All fractions in one call: of a part that fits a cache, the many small tensors cost more than the large ones.
+    # All fractions in one call: of a part that fits a cache, many small tensors cost as much as the large ones.
     each = torch.tensor(factors, dtype=torch.float32, device=values.device).view(-1, 1, 1)
-    tried = qparams_of_bounds(low * each, high * each, spec)
-    for number in range(len(factors)):
-        points = None if tried.zero_point is None else tried.zero_point[number]
-        candidate = QParams(tried.scale[number], points)
+    scales, points = qparams_of_bounds(low * each, high * each, spec)
+    best, least = widest, _error(values, widest, heights, spec, buffer)
+    for number, scale in enumerate(scales.unbind()):
+        candidate = QParams(scale, None if points is None else points[number])
         best, least = _better(candidate, _error(values, candidate, heights, spec, buffer), best, least)
     for _ in range(refits):
-        candidate = _refit(values, best, heights, spec, buffer)
+        candidate = _refit(values, best, heights, spec, buffer, product)
         best, least = _better(candidate, _error(values, candidate, heights, spec, buffer), best, least)
     return best
 
@@ -95,12 +94,15 @@ def _better(candidate: QParams, error: Tensor, best: QParams, least: Tensor) -> 
     return QParams(scale, torch.where(better, candidate.zero_point, best.zero_point)), least
 
 
-def _refit(x: Tensor, qparams: QParams, weights: Tensor | None, spec: QuantSpec, buffer: Tensor) -> QParams:
+def _refit(
+    x: Tensor, qparams: QParams, weights: Tensor | None, spec: QuantSpec, buffer: Tensor, product: Tensor
+) -> QParams:
     """The least-squares scale of each group for its codes; all-zero levels get the smallest scale."""
     levels = _levels(x, qparams, spec, buffer)
     weighted = levels if weights is None else levels * weights
-    scale = round_scale((weighted * x).sum(dim=-1) / (weighted * levels).sum(dim=-1).clamp(min=1e-30), spec)
-    return QParams(scale, qparams.zero_point)
+    above = torch.mul(weighted, x, out=product).sum(dim=-1)
+    below = torch.mul(weighted, levels, out=product).sum(dim=-1)
+    return QParams(round_scale(above / below.clamp(min=1e-30), spec), qparams.zero_point)
 
 
 def _levels(x: Tensor, qparams: QParams, spec: QuantSpec, buffer: Tensor) -> Tensor:
@@ -114,7 +116,8 @@ def _levels(x: Tensor, qparams: QParams, spec: QuantSpec, buffer: Tensor) -> Ten
 def _error(x: Tensor, qparams: QParams, weights: Tensor | None, spec: QuantSpec, buffer: Tensor) -> Tensor:
     """The weighted squared error of each group, [rows, groups]."""
     scale = qparams.scale.to(torch.float32).unsqueeze(-1)
-    difference = _levels(x, qparams, spec, buffer).mul_(scale).sub_(x).square_()
+    levels = _levels(x, qparams, spec, buffer)
+    difference = torch.addcmul(x, levels, scale, value=-1, out=buffer).square_()
     if weights is not None:
         difference.mul_(weights)
     return difference.sum(dim=-1)
