@@ -21,7 +21,9 @@ from typing import Any
 
 ROOT = Path("runs/qat_smollm2")
 ROWS = "method.weight.range=learned method.weight.calibrate=mse"
-KV4 = "{format: int4, symmetric: false, site: %s, share: %s}"
+KV4 = "{format: int4, symmetric: false, site: %s, share: %s, smooth: true}"
+SMOOTH = "method.init=smoothquant method.smoothquant.alpha=0.8 method.weight.format=int8 method.weight.range=learned"
+STATIC = "{format: int8, range: static, calibrate: kl}"
 SPECS: dict[str, tuple[str, list[str]]] = {
     "w4a8kv4-pre": (
         "W4 row, A8 token, KV4 before RoPE, all heads",
@@ -37,6 +39,8 @@ SPECS: dict[str, tuple[str, list[str]]] = {
         "W2 g32, half-integer levels",
         [*ROWS.split(), "method.weight.group_size=32", "method.weight.format=int2", "method.weight.mid_rise=true"],
     ),
+    "w8a8": ("W8 row, A8 token", [*SMOOTH.split(), "method.activation.format=int8"]),
+    "w8a8-static": ("W8 row, A8 static", [*SMOOTH.split(), f"method.activation={STATIC}"]),
     "kv4": ("KV4 after RoPE, per head", ["method.weight=null", f"method.kv_cache={KV4 % ('post_rope', 'per_head')}"]),
 }
 
