@@ -67,18 +67,24 @@ class Recompute:
             layer.gradient_checkpointing = number < self.count
             layer._gradient_checkpointing_func = run  # type: ignore[assignment]
 
-    def lower(self) -> bool:
+    def lower(self, reason: str = "") -> bool:
         """One level down; False where there is none."""
         following = LEVELS[LEVELS.index(self.level) + 1 :]
         if not following or not self.layers:
             return False
         # Of one layer half is all.
-        self.set("full" if following[0] == "selective" and len(self.layers) == 1 else following[0])
+        level = "full" if following[0] == "selective" and len(self.layers) == 1 else following[0]
+        self.set(level, reason=reason)
         return True
 
-    def __str__(self) -> str:
+    @property
+    def name(self) -> str:
+        """The level, and the share of the layers."""
         share = f", the first {self.count} of {len(self.layers)} layers" if self.level == "selective" else ""
-        return self.level + share + (f": {self.reason}" if self.reason else "")
+        return self.level + share
+
+    def __str__(self) -> str:
+        return self.name + (f": {self.reason}" if self.reason else "")
 
 
 def trained_bytes(model: nn.Module) -> int:

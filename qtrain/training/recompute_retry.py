@@ -18,6 +18,8 @@ from qtrain.training.recompute import Recompute
 FIRST_STEPS = 10
 """Optimizer steps in which a lack of memory is answered; one that comes later has another cause than the shapes."""
 
+OUT_OF_MEMORY = "what was above ran out of memory"
+
 log = logging.getLogger(__name__)
 
 
@@ -163,7 +165,7 @@ class AccumulationWindow:
     def _give_way(self, what: str) -> None:
         before = self._now()
         rows = self._kept[-1].rows
-        if not self._recompute.lower():
+        if not self._recompute.lower(OUT_OF_MEMORY):
             if self._parts >= rows:
                 raise ModelError(
                     f"out of memory with recompute {before}: {' '.join(what.split())[:200]}",
@@ -177,6 +179,4 @@ class AccumulationWindow:
         log.warning(f"out of memory with recompute {before}: going on with {self._now()}")
 
     def _now(self) -> str:
-        level = self._recompute
-        share = f" of {level.count} layers" if level.level == "selective" else ""
-        return level.level + share + (f", micro-batches in {self._parts} parts" if self._parts > 1 else "")
+        return self._recompute.name + (f", micro-batches in {self._parts} parts" if self._parts > 1 else "")

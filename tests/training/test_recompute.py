@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from qtrain.config.compose import load_recipe
 from qtrain.errors import ModelError
 from qtrain.training import recompute_budget
+from qtrain.training.module import LanguageModule
 from qtrain.training.recompute import LEVELS, Recompute, free_bytes, trained_bytes
 from qtrain.training.recompute_budget import GIB, Estimate, LayerBytes, head_bytes, layer_bytes, probe_batch, settle
 from qtrain.training.recompute_offload import OffloadedInputs
@@ -179,6 +181,37 @@ def test_auto_takes_the_level_that_fits_what_is_free(monkeypatch: pytest.MonkeyP
         found = settle(model, config, cpu, "")
         levels.append((found.level, found.count, [layer.gradient_checkpointing for layer in found.layers].count(True)))
     assert levels == [("none", 0, 0), ("selective", 1, 1), ("full", 4, 4), ("offload", 4, 4)]
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft 0.21 on transformers 5.23
+@pytest.mark.parametrize("packing", [True, False])
+def test_auto_over_a_quantized_base(packing: bool, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters over NF4; packed rows with their mask. What is asked for is found, and nothing is left behind."""
+    words = (f"model.path={tiny_llama_dir}", "method.base=nf4", "data.batch_size=2", "data.max_length=64")
+    config = load_recipe(None, *words, f"data.packing={packing}", "run.recompute=auto")
+    asked: list[int] = []
+
+    def free(device: torch.device) -> int:
+        asked.append(1)
+        return 2**40 if len(asked) == 1 else 2**20
+
+    monkeypatch.setattr(recompute_budget, "free_bytes", free)
+    for level in ("none", "offload"):
+        module = LanguageModule(config)
+        module.build(torch.device("cpu"))
+        assert module.recompute is not None and module.recompute.level == level
+        assert all(p.grad is None for p in module.parameters())
+    assert "GiB of 0.0 free" in str(module.recompute)
+
+
+def test_a_layer_that_does_not_fit_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(recompute_budget, "free_bytes", lambda device: 2 * GIB)
+    monkeypatch.setattr(recompute_budget, "layer_bytes", fails)
+    found = settle(small(), load_recipe(None, "run.recompute=auto"), torch.device("cpu"), "")
+    assert str(found) == "offload: one layer alone exceeds 2.0 GiB free"
 
 
 def test_a_level_that_is_named_is_taken() -> None:

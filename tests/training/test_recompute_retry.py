@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from qtrain.config.compose import load_recipe
 from qtrain.data.datamodule import LanguageData
 from qtrain.errors import ModelError
+from qtrain.modules.token_loss import chunked_loss
 from qtrain.training import recompute_retry
 from qtrain.training.module import LanguageModule
+from qtrain.training.recompute import Recompute
 from qtrain.training.recompute_retry import MicroBatch
 from qtrain.training.trainer import trainer_arguments
 
@@ -128,9 +132,10 @@ def test_the_weights_are_those_of_an_undisturbed_run(
     assert trainer.callback_metrics["train/loss"] == whole.callback_metrics["train/loss"]
     said = [record.message for record in caplog.records if "out of memory" in record.message]
     assert len(said) == len(plan)
-    assert said[0] == "out of memory with recompute none: going on with selective of 1 layers"
+    assert said[0] == "out of memory with recompute none: going on with selective, the first 1 of 2 layers"
     assert module.recompute is not None
     assert module.recompute.level == ("none", "selective", "full", "offload")[len(plan)]
+    assert str(module.recompute).endswith(": what was above ran out of memory")
 
 
 @pytest.mark.parametrize("plan", [{("forward", 1)}, {("backward", 1)}, {("backward", 2)}], ids=str)
@@ -198,6 +203,46 @@ def test_the_failed_pass_is_let_go_before_the_next(tiny_llama_dir: Path, tmp_pat
     assert [one() is not None for one in kept] == [True]
     window.backward(scaled)
     assert alive == [0, 0] and window.close()[1] == 4
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_runs_out_for_real() -> None:
+    """Four layers of some 0.5 GiB each in 1.5 GiB."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        vocab_size=256,
+    )
+    model = LlamaForCausalLM(config).cuda().train()
+    labels = torch.randint(0, 256, (64, 512), device="cuda")
+    batch = {"input_ids": labels, "labels": labels, "loss_tokens": torch.tensor(64 * 511)}
+
+    def gradients(recompute: Recompute) -> list[Tensor]:
+        loss = partial(chunked_loss, model)
+        window = recompute_retry.AccumulationWindow(loss, recompute, model.parameters, torch.enable_grad, lambda: 1)
+        model.zero_grad()
+        window.backward(window.forward(batch) / 1)
+        assert window.close()[1] == 64 * 511
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    recompute = Recompute(model)
+    recompute.set("full")
+    expected = gradients(recompute)
+    recompute.set("none")
+    model.zero_grad()
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(1.5 * 2**30 / total)
+    try:
+        found = gradients(recompute)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert recompute.level != "none"
+    assert all(torch.allclose(*pair, rtol=1e-3, atol=1e-3) for pair in zip(expected, found, strict=True))
 
 
 def test_parts_of_a_micro_batch() -> None:
