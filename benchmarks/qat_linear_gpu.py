@@ -5,7 +5,8 @@
 Shapes are tokens x in x out. Layers train W in fp32 under bf16 autocast (the first row alone holds it in bf16); times
 are medians, the layers taken in turn; memory is the peak of a forward and a backward above what lies there before,
 the gradients of W and x among it. The last columns are of a layer of 16 x 64 tokens x numbers: what the host spends.
-torchao's row needs torchao 0.18. --tiles times every tile of the product. Without a GPU it runs tiny, to be run at all.
+torchao's rows need torchao 0.18. --tiles times every tile of the product. Without a GPU all of it is fp32, and tiny
+unless --shapes says otherwise.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from qtrain.modules.quant_linear import QuantLinear
 from qtrain.numerics.rules import Dynamic, Learned
 
 ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if ON_GPU else ("cpu", torch.float32)
+PLAIN = f"plain, {str(DTYPE).removeprefix('torch.')} weights"
 Shape = tuple[int, int, int]
 Call = Callable[[], object]
 
@@ -49,7 +51,7 @@ def layers(width: int, out: int) -> dict[str, nn.Module]:
         return layer
 
     found: dict[str, nn.Module] = {
-        "bf16 weights": nn.Linear(width, out, bias=False, device=DEVICE, dtype=torch.bfloat16),
+        PLAIN: nn.Linear(width, out, bias=False, device=DEVICE, dtype=DTYPE),
         "fp32 weights, autocast": plain,
         "W8A8 plain": made(int8, tokens, "plain"),
         "W8A8 one-pass": made(int8, tokens, "triton"),
@@ -106,7 +108,7 @@ def of_layer(layer: nn.Module, inputs: Iterator[Tensor], upper: Tensor) -> tuple
     def forward() -> Tensor:
         x = next(inputs)
         x.grad = None
-        with torch.autocast(DEVICE, torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=ON_GPU):
             y: Tensor = layer(x)
         return y
 
@@ -154,14 +156,14 @@ def table(rows: list[list[str]]) -> str:
 
 def two_inputs(tokens: int, width: int) -> Iterator[Tensor]:
     shape = (tokens, width)
-    return cycle([torch.randn(shape, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for _ in range(2)])
+    return cycle([torch.randn(shape, device=DEVICE, dtype=DTYPE, requires_grad=True) for _ in range(2)])
 
 
 def layer_table(shape: Shape, rounds: int) -> str:
     tokens, width, out = shape
     x, small_x = two_inputs(tokens, width), two_inputs(16, 64)
-    upper = torch.randn(tokens, out, device=DEVICE, dtype=torch.bfloat16)
-    small_upper = torch.randn(16, 64, device=DEVICE, dtype=torch.bfloat16)
+    upper = torch.randn(tokens, out, device=DEVICE, dtype=DTYPE)
+    small_upper = torch.randn(16, 64, device=DEVICE, dtype=DTYPE)
     made = layers(width, out)
     calls = {name: of_layer(layer, x, upper) for name, layer in made.items()}
     forward = medians({name: call[0] for name, call in calls.items()}, rounds)
@@ -169,7 +171,7 @@ def layer_table(shape: Shape, rounds: int) -> str:
     memory = {name: peak_mib(call[1]) for name, call in calls.items()}
     host = {name: of_layer(layer, small_x, small_upper) for name, layer in layers(64, 64).items()}
     rows = [
-        ["layer", "forward ms", "with backward ms", "of bf16", "TFLOP/s", "peak MiB", "host us", "with backward us"]
+        ["layer", "forward ms", "with backward ms", "of plain", "TFLOP/s", "peak MiB", "host us", "with backward us"]
     ]
     flops = 6e-9 * tokens * width * out
     for name in made:
@@ -178,7 +180,7 @@ def layer_table(shape: Shape, rounds: int) -> str:
                 name,
                 f"{forward[name]:.3f}",
                 f"{both[name]:.3f}",
-                f"{both[name] / both['bf16 weights']:.2f}",
+                f"{both[name] / both[PLAIN]:.2f}",
                 f"{flops / both[name]:.0f}",
                 f"{memory[name]:.0f}",
                 f"{host_microseconds(host[name][0]):.0f}",
@@ -192,12 +194,12 @@ def kernel_table(shape: Shape, rounds: int, tiles: bool) -> str:
     tokens, width, out = shape
     by_token = Dynamic(QuantizerSection(format="int8").spec(weight=False))
     by_row = Learned(WeightSection(format="int4").spec(weight=True))
-    x = torch.randn(tokens, width, device=DEVICE, dtype=torch.bfloat16)
+    x = torch.randn(tokens, width, device=DEVICE, dtype=DTYPE)
     weight = torch.randn(out, width, device=DEVICE)
     scale = Dynamic(by_row.spec).qparams(weight, None, None).scale.float() * 0.7
     q_x, s_x = codes(x, by_token.key)
     q_w, s_w = codes(weight, by_row.key, scale)
-    wide = weight.to(torch.bfloat16)
+    wide = weight.to(DTYPE)
     same = {
         "codes of inputs": _equal(codes(x, by_token.key), plain_codes(x, by_token)),
         "codes of weights": _equal(codes(weight, by_row.key, scale), plain_codes(weight, by_row, scale)),
@@ -210,9 +212,9 @@ def kernel_table(shape: Shape, rounds: int, tiles: bool) -> str:
         "codes of inputs, plain": lambda: plain_codes(x, by_token),
         "codes of weights": lambda: codes(weight, by_row.key, scale),
         "codes of weights, plain": lambda: plain_codes(weight, by_row, scale),
-        "product bf16": lambda: x @ wide.t(),
-        "product int8": lambda: int8_matmul(q_x, q_w, s_x, s_w, None, torch.bfloat16),
-        "product int8, plain": lambda: plain_int8_matmul(q_x, q_w, s_x, s_w, None, torch.bfloat16),
+        "product of floats": lambda: x @ wide.t(),
+        "product int8": lambda: int8_matmul(q_x, q_w, s_x, s_w, None, DTYPE),
+        "product int8, plain": lambda: plain_int8_matmul(q_x, q_w, s_x, s_w, None, DTYPE),
         "codes of weights, transposed": lambda: q_w.t().contiguous(),
     }
     if tiles and ON_GPU:
@@ -221,7 +223,7 @@ def kernel_table(shape: Shape, rounds: int, tiles: bool) -> str:
         for one in (*int8_tiles.CONFIGS[:2], *(int8_tiles.Tiles(*sizes) for sizes in CANDIDATES)):
             name = f"product int8, {one.m} x {one.n} x {one.k}, {one.num_warps} warps, {one.num_stages} stages"
             calls[name] = lambda one=one: int8_tiles.int8_matmul(  # type: ignore[misc]
-                q_x, q_w, s_x, s_w, None, torch.bfloat16, one
+                q_x, q_w, s_x, s_w, None, DTYPE, one
             )
     found = medians(calls, rounds)
     amounts = {"codes of inputs": 3e-6 * tokens * width, "codes of weights": 5e-6 * out * width}

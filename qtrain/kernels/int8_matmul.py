@@ -42,17 +42,18 @@ def plain_int8_matmul(
 
 def integer_product(a: Tensor, b: Tensor) -> Tensor:
     """a b^T of int8 [m, k] and [n, k] as integers, int32 or whole numbers in float64."""
-    fits = _cpu_is_exact() if not a.is_cuda else a.shape[0] > 16 and a.shape[1] % 8 == 0 and b.shape[0] % 8 == 0
+    fits = int_mm_is_exact() if not a.is_cuda else a.shape[0] > 16 and a.shape[1] % 8 == 0 and b.shape[0] % 8 == 0
     if fits:
         return torch._int_mm(a, b.t())
     return a.to(torch.float64) @ b.to(torch.float64).t()
 
 
 @cache
-def _cpu_is_exact() -> bool:
+def int_mm_is_exact() -> bool:
     """Whether this CPU sums products of bytes in 32 bits; without VNNI pairs may be added in 16, which saturate."""
-    codes = torch.full((16, 64), -127, dtype=torch.int8)
-    return bool((torch._int_mm(codes, -codes.t()) == -64 * 127 * 127).all())
+    signs = torch.tensor([1, -1]).repeat(8).unsqueeze(1)
+    codes = (127 * signs).expand(16, 64).to(torch.int8)
+    return bool((torch._int_mm(codes, codes.t()) == 64 * 127 * 127 * signs @ signs.t()).all())
 
 
 def _matmul(

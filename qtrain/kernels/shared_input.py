@@ -23,7 +23,12 @@ class Latest(Generic[T]):
         self._made: T | None = None
 
     def of(self, x: Tensor, name: str, make: Callable[[Tensor], T]) -> T:
-        """``make(x)``, or what it gave for this content of x under this name."""
+        """``make(x)``, or what it gave for this content of x under this name.
+
+        While a CUDA graph is captured nothing is shared: a replay would find what was made outside of it, and stale.
+        """
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            return make(x)
         if self._made is None or self._source is None or not _same(x, name, *self._source):
             self._source, self._made = (x, _version(x), name), make(x)
         return self._made

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from qtrain.kernels.int8_linear import lacks_int8_product
+from qtrain.kernels.int8_matmul import int_mm_is_exact
 from qtrain.modules.kernel_keys import AUTO, InputGradient, Kernels
 from qtrain.modules.quant_linear import QuantLinear
 
@@ -35,8 +36,7 @@ def kernel_lines(model: nn.Module) -> list[str]:
     lacking = [lacks_int8_product(*layer.rules()) for layer in layers]
     products = "simulated products"
     if asked == "int8":
-        where = "int8 tensor cores" if _on_gpu(layers[0]) and code_rows is not None else "torch's integer product"
-        parts = [f"int8 products in {lacking.count(None)} layers ({where}"]
+        parts = [f"int8 products in {lacking.count(None)} layers ({_products(layers[0])}"]
         parts[0] += ", gradients of inputs too)" if layers[0].byte_gradient else ")"
         reasons = Counter(reason for reason in lacking if reason is not None)
         parts += [f"simulated in {count}: {reason}" for reason, count in reasons.items()]
@@ -44,6 +44,14 @@ def kernel_lines(model: nn.Module) -> list[str]:
     elif None in lacking:
         products += f" (method.kernels=int8 multiplies bytes in {lacking.count(None)} layers)"
     return [f"kernels     {products}; levels {_levels(layers, asked)}"]
+
+
+def _products(layer: QuantLinear) -> str:
+    if _on_gpu(layer) and code_rows is not None:
+        return "int8 tensor cores"
+    if layer.weight.device.type == "cpu" and not int_mm_is_exact():
+        return "summed in float64, for bytes saturate on this CPU"
+    return "torch's integer product"
 
 
 def _levels(layers: list[QuantLinear], asked: Kernels) -> str:

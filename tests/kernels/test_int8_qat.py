@@ -312,6 +312,26 @@ def test_it_saves_a_byte_a_number() -> None:
     (q + k).sum().backward()
 
 
+def test_one_input_of_several_layers_becomes_bytes_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qtrain.kernels import int8_linear as module
+
+    made: list[tuple[int, ...]] = []
+
+    def counted(x: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        made.append(tuple(x.shape))
+        return codes(x, *rest, **named)
+
+    monkeypatch.setattr(module, "codes", counted)
+    x, weight = rows(5, 24, 7).requires_grad_(), rows(6, 24, 8)
+    rules: Any = {"weight_rule": Dynamic(WEIGHTS[0]), "input_rule": Dynamic(INPUTS[0])}
+    first = [int8_linear(x, weight, None, **rules) for _ in range(2)]
+    assert made.count((5, 24)) == 1 and torch.equal(first[0], first[1])
+    with torch.no_grad():
+        x.mul_(3.0)  # another content in the same place
+    assert torch.allclose(int8_linear(x, weight, None, **rules), 3 * first[0], rtol=1e-5)
+    assert made.count((5, 24)) == 2
+
+
 def test_a_gradient_of_bytes_errs_by_its_rounding() -> None:
     x, weight = rows(64, 96, 7), rows(48, 96, 8)
     found, wanted = both(x, weight, None, WEIGHTS[0], INPUTS[0], Dynamic, byte_gradient=True)
