@@ -14,7 +14,11 @@ class GenerateDataSection(Section):
     length: int = Field(512, ge=2, description="tokens in a row; rows are full, without padding")
     greedy_lengths: list[int] = Field([3, 4, 5], description="a text is decoded greedily until it has so many tokens")
     temperature: float = Field(1.0, gt=0, description="of the sampling; below 1 is sharper")
-    top_k: int = Field(50, ge=0, description="sample among the k likeliest tokens; 0 is all")
+    top_k: int = Field(
+        0,
+        ge=0,
+        description="sample among the k likeliest tokens; 0 is all: with 50 a text is narrower than what people write",
+    )
     batch_size: int = Field(512, ge=1, description="rows decoded together")
     shard_tokens: int = Field(4_000_000, ge=1, description="tokens in a file; a stopped run goes on with the next file")
     seed: int = Field(0, ge=0, description="of first tokens and sampling")
