@@ -30,6 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
     "awq": {},
     "torchao": {},
     "merged": {},
+    "gguf": {},
     "calibrated": {"format": "compressed-tensors", "rounding": "gptq"},
     "unweighed": {"format": "gptq", "rounding": "nearest", "calibration_rows": 0, "symmetric": False},
 }
@@ -91,8 +92,10 @@ def export(case: str, directory: Path, resume: str | None, slow: Callable[[], No
     )
 
 
-def attempt(case: str, directory: Path, delay: float | None) -> tuple[bool, int]:
-    """One call in a fork, killed after ``delay`` seconds of computing; whether it came to its end, what it computed."""
+def attempt(case: str, directory: Path, weights: int | None) -> tuple[bool, int]:
+    """One call in a fork, killed while it computes another weight than so many; whether it came to its end, and how
+    many it computed.
+    """
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -100,7 +103,7 @@ def attempt(case: str, directory: Path, delay: float | None) -> tuple[bool, int]
 
         def slow() -> None:
             os.write(writing, b".")
-            time.sleep(0.004)
+            time.sleep(0.002)
 
         try:
             export(case, directory, "key", slow)
@@ -109,9 +112,11 @@ def attempt(case: str, directory: Path, delay: float | None) -> tuple[bool, int]
             print(repr(error), file=sys.stderr)
             os._exit(1)
     os.close(writing)
-    computed = len(os.read(reading, 1))  # the first weight
-    if delay is not None:
-        time.sleep(delay)
+    computed = 0
+    while (weights is None or computed < weights) and os.read(reading, 1):
+        computed += 1
+    if computed == weights:
+        time.sleep(random.uniform(0.0, 0.003))
         os.kill(child, signal.SIGKILL)
     while more := os.read(reading, 4096):
         computed += len(more)
@@ -134,8 +139,8 @@ def main(folder: Path, seed: int) -> None:
         at.mkdir(parents=True)
         (at / "earlier").write_text("export")
         kills, computed, seen = 0, [], True
-        for _ in range(5):
-            done, count = attempt(case, at, random.uniform(0.0, 0.08))
+        for _ in range(4):
+            done, count = attempt(case, at, random.randint(1, 20))
             computed.append(count)
             if done:
                 break

@@ -57,7 +57,7 @@ def test_killed_exports_end_in_the_same_bytes(tmp_path: Path, seed: int) -> None
     finally:
         torch.set_num_threads(threads)
     # A kill before the first file was finished leaves nothing to go on with; not all of them can be that.
-    assert sum(found["computed"][-1] < 20 for found in told.values()) >= 3
+    assert sum(found["computed"][-1] < 25 for found in told.values()) >= 4
 
 
 def written(directory: Path, journal: Path, names: list[str], until: int | None = None) -> list[str]:

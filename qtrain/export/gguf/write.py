@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,12 @@ from qtrain.export.gguf.architecture import (
 from qtrain.export.gguf.blocks import SPECS, pack_blocks, stored_record
 from qtrain.export.gguf.config import GgufOptions
 from qtrain.export.gguf.plan import PlacedTensor, file_type, plan_tensors
+from qtrain.export.gguf.tensor_data import TensorData
 from qtrain.export.gguf.vocabulary import Vocabulary, add_vocabulary, vocabulary_of
 from qtrain.export.integers.records import quantize_linear
+from qtrain.export.partial import partial_export
+from qtrain.export.sizes import parse_size
 from qtrain.export.writer import Progress
-from qtrain.files import atomic_directory
 from qtrain.modules.deployed import DeployedModel
 from qtrain.ptq.activation_stats import Calibration
 
@@ -62,12 +65,43 @@ def write(
     """
     begin = time.monotonic()
     plan = plan_tensors(model, options)
-    rows = next(placed.tensor.shape[0] for placed in plan if placed.name == "token_embd.weight")
-    vocabulary = None if tokenizer is None else vocabulary_of(tokenizer, rows, options.pre_tokenizer)
+    vocabulary = None if tokenizer is None else vocabulary_of(tokenizer, _rows(plan), options.pre_tokenizer)
     factors = rope_factors(model.config)
-    lossy = []
-    with atomic_directory(directory) as temporary:
-        writer = GGUFWriter(temporary / FILE, MODEL_ARCH_NAMES[architecture_of(model.config).arch])
+    with partial_export(directory, resume) as export:
+        temporary, size = export.files, parse_size(options.max_shard_size)
+        head, alignment = _head(model, plan, facts, tokenizer, vocabulary, factors)
+        with TensorData(temporary / FILE, head, alignment, export.journal, size) as data:
+            if factors is not None and not data.finished:
+                data.add(factors.numpy(), False)
+            before = len(data.finished) - (factors is not None)
+            left: Iterable[PlacedTensor] = plan[before:]
+            if progress is not None:
+                left = progress(left, len(plan) - before)  # type: ignore[arg-type, assignment]
+            for placed in left:
+                packed, changed = _packed(placed, options)
+                order = row_order(model.config, placed.tensor.name)
+                data.add((packed if order is None else packed[order]).numpy(), changed)
+            changes = data.finished[len(data.finished) - len(plan) :]
+        lossy = [placed.tensor.name for placed, changed in zip(plan, changes, strict=True) if changed]
+        result = _result(model, options, plan, vocabulary, lossy)
+        result["bytes"] = (temporary / FILE).stat().st_size
+        result["seconds"] = round(time.monotonic() - begin, 1)
+        write_card(temporary, facts, result)
+    return result
+
+
+def _head(
+    model: DeployedModel,
+    plan: list[PlacedTensor],
+    facts: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase | None,
+    vocabulary: Vocabulary | None,
+    factors: Tensor | None,
+) -> tuple[bytes, int]:
+    """The file up to its first tensor, and the alignment of those."""
+    rows = _rows(plan)
+    with tempfile.TemporaryDirectory() as folder:
+        writer = GGUFWriter(Path(folder) / FILE, MODEL_ARCH_NAMES[architecture_of(model.config).arch])
         try:
             _add_labels(writer, plan, facts)
             add_keys(writer, model.config, rows, tokenizer, vocabulary)
@@ -80,20 +114,14 @@ def write(
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            if factors is not None:
-                writer.write_tensor_data(factors.numpy())
-            for placed in progress(plan, len(plan)) if progress else plan:  # type: ignore[arg-type, assignment]
-                packed, changed = _packed(placed, options)
-                lossy += [placed.tensor.name] * changed
-                order = row_order(model.config, placed.tensor.name)
-                writer.write_tensor_data((packed if order is None else packed[order]).numpy())
         finally:
             writer.close()
-        result = _result(model, options, plan, vocabulary, lossy)
-        result["bytes"] = (temporary / FILE).stat().st_size
-        result["seconds"] = round(time.monotonic() - begin, 1)
-        write_card(temporary, facts, result)
-    return result
+        return (Path(folder) / FILE).read_bytes(), writer.data_alignment
+
+
+def _rows(plan: list[PlacedTensor]) -> int:
+    """Of the embedding."""
+    return next(placed.tensor.shape[0] for placed in plan if placed.name == "token_embd.weight")
 
 
 def add_keys(
