@@ -50,7 +50,7 @@ def test_what_lies_there(whole: Path, tiny_llama_dir: Path) -> None:
     assert found["rows"] == 63 and found["tokens"] == 1008
     assert found["distinct_1"] == len(np.unique(rows)) / 1008
     assert len(set(rows[:, 0].tolist())) == 63, "every row begins with a token of its own"
-    assert 0 < found["entropy"] < np.log(50)
+    assert 0 < found["entropy"] < np.log(512), "bounded by the vocabulary, from all of which is sampled"
 
 
 def test_the_same_call_gives_the_same_files(whole: Path, tiny_llama_dir: Path, tmp_path: Path) -> None:
