@@ -26,14 +26,15 @@ from typing import Any, NamedTuple
 FORMATS = ["compressed-tensors", "gptq", "awq", "torchao", "gguf", "bitsandbytes", "merged"]
 QAT = ["method.name=qat"]
 PEQA = ["method.name=peqa", "method.init=rtn"]
+A8 = "method.activation={format: int8, convention: compressed-tensors}"  # absmax / 127.5, as transformers computes it
 METHODS: dict[str, list[str]] = {
     "QAT W4 g64": [*QAT, "method.weight={format: int4, group_size: 64}"],
     "QAT W4 g32": [*QAT, "method.weight={format: int4, group_size: 32}"],
     "QAT W4 g32, zero points": [*QAT, "method.weight={format: int4, group_size: 32, symmetric: false}"],
-    "QAT W8A8": [*QAT, "method.weight.format=int8", "method.activation.format=int8"],
-    "QAT W4A8": [*QAT, "method.weight.format=int4", "method.activation.format=int8"],
+    "QAT W8A8": [*QAT, "method.weight.format=int8", A8],
+    "QAT W4A8": [*QAT, "method.weight.format=int4", A8],
     "QAT W4A8KV8": [
-        *(*QAT, "method.weight.format=int4", "method.activation.format=int8"),
+        *(*QAT, "method.weight.format=int4", A8),
         "method.kv_cache={format: int8, share: per_head}",
     ],
     "QAT FP8": [*QAT, "method.weight.format=fp8_e4m3", "method.activation.format=fp8_e4m3"],
@@ -133,6 +134,44 @@ def cells(asked: argparse.Namespace, name: str, run: Path, forms: list[str]) -> 
             yield form, cell(done)
 
 
+def shown(found: dict[str, Any]) -> str:
+    """A cell in words: exact with greedy tokens and the KL of logits, lossy, refused or failed."""
+    if found["status"] != "written":
+        return found["status"]
+    verified = found["facts"].get("verified", {})
+    cells = verified.get("found", {})
+    if not verified.get("passed"):
+        return "FAILED"
+    if cells.get("codes") not in ("0", None) or verified.get("lossy"):
+        kind = "16 bits" if cells.get("codes") == "-" and not verified.get("lossy") else "lossy, asked for"
+    else:
+        kind = "exact"
+    drift = "" if found["facts"].get("kl") is None else f", KL {found['facts']['kl']:.0e}".replace("KL 0e+00", "KL 0")
+    return f"{kind}{drift}, {cells.get('greedy', '-')}"
+
+
+def table(known: dict[str, Any], asked: argparse.Namespace) -> str:
+    """Methods by formats, then who read them and why the others were refused."""
+    names = list(dict.fromkeys(key.partition(" | ")[0] for key in known))
+    rows = [f"| | {' | '.join(asked.formats)} |", "|---" * (len(asked.formats) + 1) + "|"]
+    for name in names:
+        cells = [shown(known[key]) if (key := f"{name} | {form}") in known else "" for form in asked.formats]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    readers = {
+        form: sorted(
+            {
+                it["facts"].get("measured_in") or "-"
+                for key, it in known.items()
+                if key.endswith(f"| {form}") and it["status"] == "written"
+            }
+        )
+        for form in asked.formats
+    }
+    rows += ["", *(f"- {form} was read by {', '.join(found)}" for form, found in readers.items() if found), ""]
+    rows += [f"- {key.replace(' | ', ', ')}: {it['why']}" for key, it in known.items() if it["status"] == "refused"]
+    return "\n".join(rows) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     for name in ("model", "text", "out"):
@@ -152,7 +191,8 @@ def main() -> None:
         for form, found in cells(asked, name, train(asked, name), missing) if missing else ():
             known[f"{name} | {form}"] = found
             store.write_text(json.dumps(known, indent=1), encoding="utf-8")
-            print(name, "|", form, "|", json.dumps(found)[:500], flush=True)
+            out.write_text(table(known, asked), encoding="utf-8")
+            print(name, "|", form, "|", shown(found), flush=True)
 
 
 if __name__ == "__main__":
