@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from itertools import repeat
@@ -19,13 +20,16 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Drift:
-    """``kl`` = mean of KL(reference || candidate) in nats a token; ``top1`` = share of equal likeliest tokens."""
+    """``kl`` = mean of KL(reference || candidate) in nats a token; ``top1`` = share of equal likeliest tokens;
+    ``spread`` = standard error of the mean difference of the two losses, in nats a token.
+    """
 
     kl: float
     top1: float
     reference_perplexity: float
     candidate_perplexity: float
     tokens: int
+    spread: float = 0.0
 
     def to_dict(self) -> dict[str, float]:
         """The figures, as JSON takes them."""
@@ -55,7 +59,7 @@ def drift(
     Raises:
         ModelError: the two vocabularies differ.
     """
-    divergence, agreed, tokens = 0.0, 0, 0
+    divergence, agreed, tokens, squares = 0.0, 0, 0, 0.0
     reference_loss, candidate_loss = 0.0, 0.0
     every = repeat(None) if labels is None else labels
     with evaluating(reference, candidate):
@@ -72,25 +76,31 @@ def drift(
             if label is not None:
                 counted = label.reshape(ids.shape)[:, 1:].flatten().to(p.device) != IGNORED
                 p, q, targets = p[counted], q[counted.to(q.device)], targets[counted]
-            row_divergence, row_agreed = _compare(p, q)
+            row_divergence, row_agreed, row_squares = _compare(p, q, targets)
             divergence += row_divergence
             agreed += row_agreed
+            squares += row_squares
             tokens += len(targets)
             reference_loss += summed_loss(p, targets)
             candidate_loss += summed_loss(q, targets.to(q.device))
     before, after = mean_perplexity(reference_loss, tokens), mean_perplexity(candidate_loss, tokens)
-    return Drift(divergence / tokens, agreed / tokens, before.perplexity, after.perplexity, tokens)
+    difference = (candidate_loss - reference_loss) / tokens
+    spread = math.sqrt(max(0.0, squares / tokens - difference**2) / tokens)
+    return Drift(divergence / tokens, agreed / tokens, before.perplexity, after.perplexity, tokens, spread)
 
 
-def _compare(p: Tensor, q: Tensor) -> tuple[float, int]:
-    """Summed KL and the number of equal argmaxes of logits [N, V] and [N, V]."""
+def _compare(p: Tensor, q: Tensor, targets: Tensor) -> tuple[float, int, float]:
+    """Summed KL, the number of equal argmaxes and the summed squares of differences of losses of logits [N, V]."""
     divergence = torch.zeros((), dtype=torch.float64, device=p.device)
     agreed = torch.zeros((), dtype=torch.long, device=p.device)
+    squares = torch.zeros((), dtype=torch.float64, device=p.device)
     for chunk in position_chunks(*p.shape):
         p_chunk, q_chunk = p[chunk].float(), q[chunk].to(p.device).float()
         log_p, log_q = p_chunk.log_softmax(-1), q_chunk.log_softmax(-1)
         # A token the reference rules out adds nothing (0 log 0 = 0), though the candidate may rule it out too.
         terms = torch.where(log_p.isneginf(), 0.0, log_p.exp() * (log_p - log_q))
         divergence += terms.sum(dtype=torch.float64)
+        losses = (log_p - log_q).gather(-1, targets[chunk].to(p.device)[:, None])
+        squares += losses.square().sum(dtype=torch.float64)
         agreed += (p_chunk.argmax(-1) == q_chunk.argmax(-1)).sum()
-    return divergence.item(), int(agreed.item())
+    return divergence.item(), int(agreed.item()), squares.item()

@@ -29,12 +29,14 @@ class Consumer:
         packages: that transformers needs for the format, as they are imported.
         install: the command for them.
         fp32: it computes with the numbers that the training computed with, in fp32.
+        rounds_alike: inputs that lie between two codes go to the one that they went to in training.
     """
 
     name: str = "transformers"
     packages: tuple[str, ...] = ()
     install: str = ""
     fp32: bool = True
+    rounds_alike: bool = True
 
     @property
     def installed(self) -> bool:
@@ -48,7 +50,8 @@ CONSUMERS = {
         "transformers with GPTQModel", ("gptqmodel", "optimum"), "pip install gptqmodel optimum", fp32=False
     ),
     "awq": Consumer("transformers with GPTQModel", ("gptqmodel",), "pip install gptqmodel", fp32=False),
-    "torchao": Consumer("transformers with torchao", ("torchao",), "pip install torchao"),
+    # torchao multiplies inputs by 1 / scale (0.18).
+    "torchao": Consumer("transformers with torchao", ("torchao",), "pip install torchao", rounds_alike=False),
     "bitsandbytes": Consumer("transformers with bitsandbytes and PEFT"),
 }
 """Formats that transformers does not read alone, or that what we depend on does not."""

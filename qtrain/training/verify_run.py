@@ -79,11 +79,12 @@ def judge(
     recorded: Mapping[str, Any],
 ) -> None:
     """Add what a loaded export computes: the figures of its drift, and greedy tokens."""
-    fp32 = loaded.by.fp32 and {reference.compute, reference.storage, deployed.dtype} == {torch.float32}
+    ties = verdict.rounds_inputs and not loaded.by.rounds_alike
+    fp32 = loaded.by.fp32 and {reference.compute, reference.storage, deployed.dtype} == {torch.float32} and not ties
     verdict.cells["by"] = loaded.by.name
     if loaded.note:
         verdict.notes.append(loaded.note)
-    judge_figures(verdict, found, fp32, recorded)
+    judge_figures(verdict, found, fp32, recorded, ties=ties)
     judge_tokens(verdict, reference.continuation(loaded.model), reference.continuation(reference.plain), fp32)
 
 

@@ -39,6 +39,9 @@ def test_equals_torch_distributions_in_float64(seed: int, chunk: int, share: flo
     assert result.top1 == pytest.approx((p[before].argmax(-1) == q[before].argmax(-1)).double().mean().item())
     assert result.reference_perplexity == pytest.approx(reference.log_prob(target).mean().neg().exp().item(), rel=1e-6)
     assert result.candidate_perplexity == pytest.approx(candidate.log_prob(target).mean().neg().exp().item(), rel=1e-6)
+    differences = reference.log_prob(target) - candidate.log_prob(target)
+    spread = differences.std(correction=0).item() / len(target) ** 0.5
+    assert result.spread == pytest.approx(spread, rel=1e-4, abs=1e-6)
 
 
 def test_two_tokens_by_hand() -> None:

@@ -19,13 +19,22 @@ def figures(perplexity: float = 20.0, top1: float = 1.0, tokens: int = 1000) -> 
         "reference_perplexity": 20.0,
         "candidate_perplexity": perplexity,
         "tokens": tokens,
+        "spread": 0.005,
     }
 
 
-def judged(found: dict[str, Any], *, fp32: bool = True, recorded: Any = None, **of_verdict: Any) -> Verdict:
+def judged(
+    found: dict[str, Any], *, fp32: bool = True, recorded: Any = None, ties: bool = False, **of_verdict: Any
+) -> Verdict:
     verdict = Verdict("merged", Path("out"), **of_verdict)
-    judge_figures(verdict, found, fp32, recorded or {})
+    judge_figures(verdict, found, fp32, recorded or {}, ties=ties)
     return verdict
+
+
+@pytest.mark.parametrize(("perplexity", "failed"), [(20.3, False), (19.7, False), (20.33, True), (math.nan, True)])
+def test_ties_of_inputs_may_do_what_chance_does(perplexity: float, failed: bool) -> None:
+    assert judged(figures(perplexity, top1=0.9), fp32=False, ties=True).passed == (not failed)
+    assert not judged(figures(perplexity, top1=0.9), fp32=False).passed
 
 
 @pytest.mark.parametrize(

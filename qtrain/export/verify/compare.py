@@ -31,6 +31,7 @@ class Comparison:
         tensors: how many plain tensors are equal bit by bit.
         lossy: layers whose codes were chosen when the export was written.
         other_inputs: layers whose inputs a consumer does not quantize as the training did.
+        inputs: layers whose inputs were quantized in training.
         layout: layers that are described otherwise than they were trained.
         names: tensors that are missing or too many.
         wrong: plain tensors of another shape, dtype or content.
@@ -40,6 +41,7 @@ class Comparison:
     tensors: int = 0
     lossy: int = 0
     other_inputs: int = 0
+    inputs: int = 0
     layout: list[QtrainError] = field(default_factory=list)
     names: list[QtrainError] = field(default_factory=list)
     wrong: list[QtrainError] = field(default_factory=list)
@@ -55,6 +57,7 @@ def compare(stored: Stored, deployed: DeployedModel, progress: Progress | None =
         layer = stored.layers.get(name)
         seen |= {tensor.name, name}
         result.other_inputs += not _same_inputs(layer, tensor)
+        result.inputs += tensor.activation is not None
         if layer is not None:
             _compare_layer(name, layer, tensor, stored.tells_symmetry, result)
         elif tensor.name in stored.others:

@@ -14,7 +14,13 @@ TOP1 = 0.999
 """Share of equal likeliest tokens where both compute in fp32."""
 
 
-def judge_figures(verdict: Verdict, found: Mapping[str, Any], fp32: bool, recorded: Mapping[str, Any]) -> None:
+CHANCE = 3.0
+"""Standard errors of the mean difference of losses. SmolLM2 in W8A8, equal codes, in torchao: 1.6 % on 254 tokens."""
+
+
+def judge_figures(
+    verdict: Verdict, found: Mapping[str, Any], fp32: bool, recorded: Mapping[str, Any], *, ties: bool = False
+) -> None:
     """Held-out text: perplexity, and the share of positions with the same likeliest token.
 
     Args:
@@ -22,6 +28,8 @@ def judge_figures(verdict: Verdict, found: Mapping[str, Any], fp32: bool, record
         fp32: the consumer computes the same fp32 arithmetic.
         recorded: the same, from when the export was written. What does not compute as the training did is compared
             with that, if the text was as long; all else with the trained model.
+        ties: the consumer rounds inputs that lie between two codes its own way, and a deep model turns the last bit of
+            one into other figures: perplexity may then differ by what chance does.
     """
     before, after, top1 = found["reference_perplexity"], found["candidate_perplexity"], found["top1"]
     same_text = recorded.get("tokens") == found["tokens"]
@@ -39,7 +47,8 @@ def judge_figures(verdict: Verdict, found: Mapping[str, Any], fp32: bool, record
                     )
                 )
     else:
-        problems["perplexity"] += _apart(after, before, "of the trained model", str(verdict.directory))
+        chance = CHANCE * found["spread"] if ties else 0.0
+        problems["perplexity"] += _apart(after, before, "of the trained model", str(verdict.directory), chance)
         if fp32 and not top1 >= TOP1:
             problems["top-1"].append(
                 ExportError(
@@ -67,11 +76,11 @@ def judge_tokens(verdict: Verdict, found: Sequence[int], own: Sequence[int], fp3
     verdict.figures |= {"greedy_equal": same, "greedy_tokens": len(own)}
 
 
-def _apart(after: float, before: float, whose: str, where: str) -> Iterator[ExportError]:
+def _apart(after: float, before: float, whose: str, where: str, chance: float = 0.0) -> Iterator[ExportError]:
     # Written so that NaN is apart from everything.
-    if not abs(after / before - 1) <= PERPLEXITY:
+    if not abs(after / before - 1) <= PERPLEXITY + chance:
         yield ExportError(
             f"perplexity {after:.4f}, and {before:.4f} {whose}",
             where=where,
-            rule=f"at most {PERPLEXITY:.1%} apart",
+            rule=f"at most {PERPLEXITY + chance:.1%} apart",
         )

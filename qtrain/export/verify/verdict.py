@@ -21,6 +21,7 @@ class Verdict:
         lossy: its codes are not the training's: a merged model was quantized when it was written.
         as_trained: a consumer computes what the training graph does: it quantizes the same inputs, an adapter is merged
             into the base that it was trained on, and no merged weight was rounded.
+        rounds_inputs: inputs of layers are quantized when it runs.
         merged: an adapter, if there was one, is in the weights, not beside them.
         cells: what was looked at, in the order of the table, and what was found in a word or a figure.
         failures: what must not be.
@@ -32,6 +33,7 @@ class Verdict:
     directory: Path
     lossy: bool = False
     as_trained: bool = True
+    rounds_inputs: bool = False
     merged: bool = True
     cells: dict[str, str] = field(default_factory=dict)
     failures: list[QtrainError] = field(default_factory=list)
