@@ -26,7 +26,7 @@ from qtrain.models.quantized.layer import (
 from qtrain.models.quantized.tensors import FLOATS, TensorFiles
 from qtrain.modules.record import LinearRecord
 from qtrain.numerics.affine import QParams
-from qtrain.numerics.packing import unpack, words_of
+from qtrain.numerics.packing import unpack_rows, words_of
 from qtrain.numerics.spec import Granularity, QuantSpec
 
 PACKED, BYTES, FLOATING = "pack-quantized", "int-quantized", "float-quantized"
@@ -245,7 +245,7 @@ def _words(columns: int, bits: int, apart: bool) -> int:
 def _unpacked(words: Tensor, bits: int, columns: int, apart: bool) -> Tensor:
     """Words int32 [rows, words] as codes int8 [rows, columns]."""
     if not apart:
-        return unpack(words, bits, columns)
+        return unpack_rows(words, bits, columns)
     fields = [(words >> (bits * field)) & ((1 << bits) - 1) for field in range(32 // bits)]
     return signed(torch.stack(fields, dim=-1).reshape(len(words), -1)[:, :columns], bits)
 

@@ -14,7 +14,7 @@ from qtrain.errors import ModelError
 from qtrain.models.quantized.layer import QuantizedLayer, Reading, groups_of, linear_of, weight_spec, whole
 from qtrain.models.quantized.tensors import FLOATS, TensorFiles
 from qtrain.modules.record import LinearRecord
-from qtrain.numerics.packing import unpack, words_of
+from qtrain.numerics.packing import unpack, unpack_rows, words_of
 from qtrain.numerics.spec import QuantSpec
 
 BITS = (2, 3, 4, 8)
@@ -88,7 +88,7 @@ def _check_order(tensors: TensorFiles, name: str, columns: int, size: int, *, ne
 def _record(
     tensors: TensorFiles, name: str, spec: QuantSpec, columns: int, rows: int, layout: str, header: Mapping[str, Any]
 ) -> LinearRecord:
-    codes = unpack(tensors.get(f"{name}.qweight").t(), spec.bits, columns)
+    codes = unpack_rows(tensors.get(f"{name}.qweight").t(), spec.bits, columns)
     scale = tensors.scale(f"{name}.scales").t().contiguous()
     key = f"{name}.qzeros"
     words, where = tensors.get(key), f"{tensors.where(key)}: {key}"
