@@ -30,7 +30,7 @@ def script() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_exports_end_in_the_same_bytes(tmp_path: Path, seed: int) -> None:
     run = subprocess.run(
         [sys.executable, str(SCRIPT), str(tmp_path), str(seed)],
