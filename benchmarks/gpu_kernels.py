@@ -219,7 +219,12 @@ class Kernel:
     marlin: ClassVar[bool] = False
 
     def layer(self, case: Case, name: str, bias: Tensor | None) -> nn.Module:
-        raise NotImplementedError
+        """One layer of an export in this kernel; a consumer that loads whole directories has none.
+
+        Raises:
+            Refused: it has no place for this layer.
+        """
+        raise Refused(f"{self.title} loads whole directories, no single layers")
 
     def model(self, case: Case) -> Any:
         model = load_skeleton(case.checkpoint, self.dtype, DEVICE)
