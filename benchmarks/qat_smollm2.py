@@ -24,6 +24,7 @@ ROWS = "method.weight.range=learned method.weight.calibrate=mse"
 KV4 = "{format: int4, symmetric: false, site: %s, share: %s, smooth: true}"
 SMOOTH = "method.init=smoothquant method.smoothquant.alpha=0.8 method.weight.format=int8 method.weight.range=learned"
 STATIC = "{format: int8, range: static, calibrate: kl}"
+TRAINED = "{format: int8, granularity: per_tensor, range: learned, calibrate: mse}"
 SPECS: dict[str, tuple[str, list[str]]] = {
     "w4a8kv4-pre": (
         "W4 row, A8 token, KV4 before RoPE, all heads",
@@ -41,6 +42,11 @@ SPECS: dict[str, tuple[str, list[str]]] = {
     ),
     "w8a8": ("W8 row, A8 token", [*SMOOTH.split(), "method.activation.format=int8"]),
     "w8a8-static": ("W8 row, A8 static", [*SMOOTH.split(), f"method.activation={STATIC}"]),
+    "w8a8-trained": ("W8 row, A8 trained range", [*SMOOTH.split(), f"method.activation={TRAINED}"]),
+    "kv4-pre": (
+        "KV4 before RoPE, per head",
+        ["method.weight=null", f"method.kv_cache={KV4 % ('pre_rope', 'per_head')}"],
+    ),
     "kv4": ("KV4 after RoPE, per head", ["method.weight=null", f"method.kv_cache={KV4 % ('post_rope', 'per_head')}"]),
 }
 
