@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from qtrain import __version__
 from qtrain.config.schema import Config
 from qtrain.data.sources import locate
 from qtrain.models.fingerprint import fingerprint
@@ -28,7 +28,7 @@ def export_key(config: Config, run: RunDirectory) -> str:
     """
     section = config.model
     known: dict[str, Any] = {
-        "qtrain": version("qtrain"),
+        "qtrain": __version__,
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "config": config.model_dump(mode="json", include={"model", "method", "data", "distill"}),

@@ -19,6 +19,3 @@ class PeqaOptions(PackedOptions):
         False, description="train zero points too, rounded in the product (needs method.weight.symmetric=false)"
     )
     zero_point_lr: float | None = Field(None, gt=0, description="their learning rate, in codes; default: optimizer.lr")
-    relative_lr: bool = Field(
-        False, description="a layer's rate is optimizer.lr by its mean scale over that of all layers: equal shares"
-    )

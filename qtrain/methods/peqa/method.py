@@ -48,18 +48,10 @@ class Peqa(PackedMethod[PeqaOptions]):
         return packed
 
     def parameter_groups(self, model: nn.Module, lr: float) -> list[dict[str, Any]]:
-        """Scales, and zero points with their own rate; both without weight decay, which would pull scales to 0.
-
-        Adam's step is as long for a scale of 0.005 as for one of 0.05; with ``relative_lr`` it is in proportion.
-        """
+        """Scales, and zero points with their own rate; both without weight decay, which would pull scales to 0."""
         layers = packed_layers(model).values()
         zeros = [layer.zero for layer in layers if layer.zero is not None]
-        scales = [layer.scale for layer in layers]
-        groups: list[dict[str, Any]] = [{"params": scales, "lr": lr, "weight_decay": 0.0}]
-        if self.options.relative_lr:
-            means = torch.stack([scale.detach().float().abs().mean() for scale in scales])
-            rates = (lr * means / means.mean()).tolist()
-            groups = [{"params": [s], "lr": r, "weight_decay": 0.0} for s, r in zip(scales, rates, strict=True)]
+        groups: list[dict[str, Any]] = [{"params": [layer.scale for layer in layers], "lr": lr, "weight_decay": 0.0}]
         if zeros:
             groups.append({"params": zeros, "lr": self.options.zero_point_lr or lr, "weight_decay": 0.0})
         return groups
