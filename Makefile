@@ -65,7 +65,7 @@ $(CONSUMERS)/%/.installed: $(DEV)
 	$(PYTHON) -m venv $(CONSUMERS)/$*
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
 		> $$($(CONSUMERS)/$*/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/over.pth
-	$(CONSUMERS)/$*/bin/python -m pip install -q --disable-pip-version-check setuptools wheel ninja
+	$(CONSUMERS)/$*/bin/python -m pip install -q --disable-pip-version-check "setuptools>=77" wheel ninja
 	$(CONSUMERS)/$*/bin/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation $($*)
 	touch $@
 
