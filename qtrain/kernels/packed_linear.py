@@ -124,38 +124,48 @@ def _from_weight_gradient(
 ) -> tuple[Tensor, Tensor | None]:
     """Both gradients [out, groups] from G = dY^T X, some rows of G at a time."""
     spec, (out, groups) = packed.spec, scale.shape
-    if _tiled(packed, dy, dy.dtype) and x.dtype == dy.dtype:
-        left_out = None
-        if packed.outlier_index is not None:
-            left_out = torch.zeros(out, packed.columns, dtype=torch.bool, device=dy.device)
-            left_out.view(-1)[packed.outlier_index.long()] = True
-        leveled, summed = packed_tiles.group_gradients(
-            *(dy, x, packed.words, spec.bits, groups, _stored(zero_point, packed)),
-            mid_rise=spec.mid_rise,
-            left_out=left_out,
-            sums=trains_zero,
-        )
-        return leveled, None if summed is None else -summed * round_scale(scale, spec).to(torch.float32)
-    exact = torch.promote_types(dy.dtype, torch.float32)
+    tiled = _tiled(packed, dy, dy.dtype)
     dscale = torch.empty(out, groups, device=dy.device)
     dzero = torch.empty_like(dscale) if trains_zero else None
     stored = _stored(zero_point, packed)
     rows = max(1, CHUNK_BYTES // (4 * packed.columns))
     for first in range(0, out, rows):
         part = slice(first, first + rows)
-        gradient = (dy[:, part].t() @ x).to(exact)
+        gradient = _weight_gradient(dy[:, part], x)
         if packed.outlier_index is not None:
             _clear(gradient, packed.outlier_index, first * packed.columns)
-        gradient = gradient.view(len(gradient), groups, -1)
-        levels = unpack(packed.words[part], spec.bits, packed.columns).view(gradient.shape).to(exact)
-        if stored is not None:
-            levels -= stored[part].unsqueeze(-1)
-        elif spec.mid_rise:
-            levels += 0.5
-        dscale[part] = (gradient * levels).sum(-1)
-        if dzero is not None:
-            dzero[part] = -gradient.sum(-1) * round_scale(scale[part], spec).to(exact)
+        own = None if stored is None else stored[part]
+        words = packed.words[part]
+        if tiled:
+            leveled, summed = packed_tiles.group_sums(
+                gradient, words, spec.bits, groups, own, mid_rise=spec.mid_rise, sums=trains_zero
+            )
+        else:
+            leveled, summed = _group_sums(gradient, words, spec, groups, own, sums=trains_zero)
+        dscale[part] = leveled
+        if dzero is not None and summed is not None:
+            dzero[part] = -summed * round_scale(scale[part], spec).to(gradient.dtype)
     return dscale, dzero
+
+
+def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    """dY^T X in fp32 (or fp64); on a CPU the product's own rounding is that of its dtype."""
+    if dy.is_cuda and dy.dtype in (torch.bfloat16, torch.float16) and x.dtype == dy.dtype:
+        return torch.mm(dy.t(), x, out_dtype=torch.float32)
+    return (dy.t() @ x).to(torch.promote_types(dy.dtype, torch.float32))
+
+
+def _group_sums(
+    gradient: Tensor, words: Tensor, spec: QuantSpec, groups: int, zero_point: Tensor | None, *, sums: bool
+) -> tuple[Tensor, Tensor | None]:
+    """sum_{k in g} G (q - z) and, if asked, sum_{k in g} G, [out, groups] each."""
+    levels = unpack(words, spec.bits, gradient.shape[1]).unflatten(1, (groups, -1)).to(gradient.dtype)
+    gradient = gradient.unflatten(1, (groups, -1))
+    if zero_point is not None:
+        levels -= zero_point.unsqueeze(-1)
+    elif spec.mid_rise:
+        levels += 0.5
+    return (gradient * levels).sum(-1), gradient.sum(-1) if sums else None
 
 
 def _tiled(packed: Packed, tensor: Tensor, dtype: torch.dtype) -> bool:
@@ -172,7 +182,7 @@ def choose_tiles(asked: str, device: torch.device) -> tuple[bool, str]:
         return False, "PyTorch's own operations" + ("" if asked == "plain" else " (kernels=triton is an option)")
     if packed_tiles is None or device.type != "cuda":
         return False, "PyTorch's own operations: those in Triton need " + ("a GPU" if packed_tiles else "Triton")
-    return True, "Triton: dequantization, gradients of groups"
+    return True, "Triton: dequantization, sums over groups"
 
 
 def _clear(gradient: Tensor, index: Tensor, first: int) -> None:

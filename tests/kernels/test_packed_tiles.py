@@ -22,12 +22,20 @@ ON_GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-PRODUCTS = DTYPES if ON_GPU else [torch.float32, torch.float16]  # the interpreter multiplies bf16's bits as integers
 tiles = pytest.mark.skipif(
     kernel.packed_tiles is None or not (ON_GPU or INTERPRETED), reason="needs Triton, and a GPU or the interpreter"
 )
 # (out, in, group size or None): one tile, several, odd widths, groups that are no power of two, longer than a tile
-SHAPES = [(5, 24, 8), (130, 72, 24), (9, 514, 257), (3, 40, None), (17, 300, 100), (2, 1032, 4), (140, 300, None)]
+SHAPES = [
+    (5, 24, 8),
+    (130, 72, 24),
+    (9, 514, 257),
+    (3, 40, None),
+    (17, 300, 100),
+    (2, 1032, 4),
+    (140, 300, None),
+    (3, 2112, 1056),
+]
 
 
 @pytest.mark.skipif(kernel.packed_tiles is None or ON_GPU or INTERPRETED, reason="no Triton, or this process runs it")
@@ -103,7 +111,7 @@ def gradients(layer: Any, x: Tensor, mix: Tensor, tiles: bool) -> dict[str, Tens
 
 @tiles
 @pytest.mark.usefixtures("anywhere")
-@pytest.mark.parametrize("dtype", PRODUCTS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("zero", [None, "whole", "trained"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_gradients_are_those_of_float64(
@@ -119,8 +127,9 @@ def test_gradients_are_those_of_float64(
     assert found.keys() == exact.keys() and ("zero" in found) == (zero == "trained")
     for name in ("scale", "zero"):
         if name in found:
-            size = exact[name].norm()
-            assert (found[name] - exact[name]).norm() < 1e-5 * size  # fp32 sums, whatever the dtype of what is summed
+            # On a GPU the product is added up and kept in fp32, whatever the dtype of what is multiplied.
+            within = 1e-5 if ON_GPU or dtype == torch.float32 else 1e-2
+            assert (found[name] - exact[name]).norm() < within * exact[name].norm()
     assert torch.equal(found["x"], gradients(layer, x, mix, tiles=False)["x"])
 
 
@@ -141,19 +150,13 @@ def test_strides_and_nothing_at_all() -> None:
 
 @tiles
 @pytest.mark.usefixtures("anywhere")
-def test_more_tokens_than_a_program_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel.packed_tiles, "SPAN", 2)
-    layer = layer_of((6, 20, 10), zero="trained", format="int4")
-    x, mix = torch.randn(400, 20, device=DEVICE), torch.randn(400, 6, device=DEVICE)
+def test_rows_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "CHUNK_BYTES", 4 * 20 * 4)
+    layer = layer_of((11, 20, 10), zero="trained", format="int4", outliers=3)
+    x, mix = torch.randn(40, 20, device=DEVICE), torch.randn(40, 11, device=DEVICE)
     exact = gradients(layer, x.double(), mix.double(), tiles=False)
     found = gradients(layer, x, mix, tiles=True)
-    assert all(torch.allclose(found[name], exact[name], atol=1e-2, rtol=1e-4) for name in ("scale", "zero"))
-    monkeypatch.undo()
-    counts = {kernel.packed_tiles._steps(tokens)[1] for tokens in range(1, 40000, 7)}
-    assert len(counts) == 11
-    for tokens in (1, 64, 65, 5000, 8192, 30001):
-        spans, steps = kernel.packed_tiles._steps(tokens)
-        assert tokens <= spans * steps * 64 < tokens + spans * 8 * 64
+    assert all(torch.allclose(found[name].double(), exact[name].double(), atol=1e-4) for name in ("scale", "zero"))
 
 
 @tiles
@@ -173,6 +176,6 @@ def test_the_choice_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernel.choose_tiles("triton", gpu) == (False, "PyTorch's own operations: those in Triton need Triton")
     monkeypatch.setattr(kernel, "packed_tiles", kernel)
     assert kernel.choose_tiles("triton", cpu) == (False, "PyTorch's own operations: those in Triton need a GPU")
-    assert kernel.choose_tiles("triton", gpu) == (True, "Triton: dequantization, gradients of groups")
+    assert kernel.choose_tiles("triton", gpu) == (True, "Triton: dequantization, sums over groups")
     config = load_recipe(None, "method.name=peqa", "method.kernels=triton")
     assert config.method.model_dump()["kernels"] == "triton"
