@@ -10,6 +10,7 @@ from bitsandbytes.functional import dequantize_4bit
 from torch import nn
 from transformers import PreTrainedModel
 
+from qtrain.kernels.nf4_quantize import nf4_quantize
 from qtrain.modules.packed_linear import PackedLinear
 
 OUTLIER_THRESHOLD = 6.0
@@ -49,6 +50,18 @@ def freeze_linear(
     frozen = frozen_shell(linear, base, double_quant=double_quant, compute_dtype=compute_dtype)
     if isinstance(frozen, bnb.nn.Linear8bitLt):
         frozen.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+    elif base == "nf4" and device.type == "cpu":
+        words, state = nf4_quantize(linear.weight.data.to(device), double_quant=double_quant)
+        frozen.weight = bnb.nn.Params4bit(
+            words,
+            requires_grad=False,
+            quant_state=state,
+            compress_statistics=double_quant,
+            quant_type=base,
+            module=frozen,
+            bnb_quantized=True,
+        )
+        frozen.quant_state = state
     else:
         frozen.weight = bnb.nn.Params4bit(
             linear.weight.data, requires_grad=False, compress_statistics=double_quant, quant_type=base, module=frozen
@@ -138,14 +151,19 @@ def frozen_kind(layer: nn.Module) -> str | None:
 
 def dense_weight(layer: nn.Module) -> torch.Tensor:
     """The weight [out, in] that ``layer`` multiplies with, in fp32 (of a plain linear: its own, upcast)."""
+    return stored_weight(layer).float()
+
+
+def stored_weight(layer: nn.Module) -> torch.Tensor:
+    """The same numbers in the dtype that they come in: 4 bits have that of the weight that was quantized."""
     if isinstance(layer, PackedLinear):
         return layer.dense_weight()
     weight = layer.weight
     assert isinstance(weight, torch.Tensor)
     if isinstance(weight, bnb.nn.Params4bit):
-        return dequantize_4bit(weight.data, weight.quant_state).float()
+        return dequantize_4bit(weight.data, weight.quant_state)
     if isinstance(layer, bnb.nn.Linear8bitLt):
         codes, largest = layer.state.CB, layer.state.SCB
         assert codes is not None and largest is not None  # freeze_linear initialised them
         return codes.float() * (largest.float() / 127)[:, None]
-    return weight.detach().float()
+    return weight.detach()

@@ -73,6 +73,7 @@ def test_any_numbers(numbers: list[float]) -> None:
 def test_every_number_around_every_threshold(dtype: torch.dtype) -> None:
     steps = torch.arange(-2000, 2001, dtype=torch.int32)
     around = torch.cat([(t.view(torch.int32) + steps).view(torch.float32) for t in [*THRESHOLDS, *CODE]]).to(dtype)
+    around = around[around.isfinite()]  # below zero lies NaN
     for largest in (1.0, 0.7, 1.7, 3.1e-3):
         blocks = (around[: len(around) // 63 * 63] * largest).view(-1, 63)
         check(torch.cat([torch.full((len(blocks), 1), largest, dtype=dtype), blocks], dim=1))
@@ -120,10 +121,12 @@ def test_a_frozen_layer_is_the_one_that_bitsandbytes_would_make(double_quant: bo
         linear.weight.data, requires_grad=False, compress_statistics=double_quant, quant_type="nf4", module=shell
     )
     own = settle(shell, linear.bias, cpu)
+    assert isinstance(ours, bnb.nn.Linear4bit) and isinstance(own, bnb.nn.Linear4bit)
+    assert isinstance(ours.weight, bnb.nn.Params4bit) and isinstance(own.weight, bnb.nn.Params4bit)
     assert_same(ours.weight.data, ours.weight.quant_state, own.weight.data, own.weight.quant_state)
     assert {k: type(v) for k, v in vars(ours).items()} == {k: type(v) for k, v in vars(own).items()}
-    for key in ("blocksize", "compress_statistics", "quant_type", "quant_storage", "bnb_quantized", "module"):
-        assert getattr(ours.weight, key) == getattr(own.weight, key) or key == "module", key
+    for key in ("blocksize", "compress_statistics", "quant_type", "quant_storage", "bnb_quantized"):
+        assert getattr(ours.weight, key) == getattr(own.weight, key), key
     assert ours.quant_state is ours.weight.quant_state
     x = torch.randn(3, 128, dtype=torch.bfloat16)
     with torch.no_grad():

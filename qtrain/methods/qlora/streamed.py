@@ -16,7 +16,7 @@ from qtrain.models.quantized.checkpoint import QuantizedCheckpoint
 from qtrain.models.quantized.header import quant_method
 from qtrain.models.quantized.registry import INTEGERS
 from qtrain.models.stored import StoredWeights, stored_directory, stored_weights
-from qtrain.modules.frozen_linear import dense_weight, freeze_linear, linears
+from qtrain.modules.frozen_linear import freeze_linear, linears, stored_weight
 from qtrain.modules.packed_linear import PackedLinear
 
 
@@ -37,7 +37,7 @@ def frozen_base(options: QLoraOptions, files: RunFiles) -> tuple[PreTrainedModel
 
 
 class FrozenWeights(Mapping[str, Tensor]):
-    """Linear layers quantized as ``quantize_base`` does it, and back in fp32; all else as it is stored."""
+    """Linear layers quantized as ``quantize_base`` does it, and back in 16 bits where it was stored so; all else as it is stored."""
 
     def __init__(self, stored: StoredWeights, model: PreTrainedModel, options: QLoraOptions, files: RunFiles) -> None:
         self._stored, self._options, self._files = stored, options, files
@@ -64,7 +64,7 @@ class FrozenWeights(Mapping[str, Tensor]):
             compute_dtype=self._files.compute,
             device=self._files.device,
         )
-        return dense_weight(frozen)
+        return stored_weight(frozen)
 
 
 class PackedWeights(Mapping[str, Tensor]):
