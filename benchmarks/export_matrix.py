@@ -32,13 +32,17 @@ METHODS: dict[str, list[str]] = {
     "QAT W4 g32": [*QAT, "method.weight={format: int4, group_size: 32}"],
     "QAT W4 g32, zero points": [*QAT, "method.weight={format: int4, group_size: 32, symmetric: false}"],
     "QAT W8A8": [*QAT, "method.weight.format=int8", A8],
+    "QAT W8A8, torchao's sums": [
+        *(*QAT, "method.weight.format=int8", "method.activation={format: int8, convention: torchao}"),
+        "method.kernels=int8",
+    ],
     "QAT W4A8": [*QAT, "method.weight.format=int4", A8],
     "QAT W4A8KV8": [
         *(*QAT, "method.weight.format=int4", A8),
         "method.kv_cache={format: int8, share: per_head}",
     ],
     "QAT FP8": [*QAT, "method.weight.format=fp8_e4m3", "method.activation.format=fp8_e4m3"],
-    "QAT ternary g256": [*QAT, "method.weight={format: ternary, group_size: 256}"],
+    "QAT ternary g256": [*QAT, "method.weight={format: ternary, group_size: 256}", "export.format=gguf"],
     "fq(W + BA) W4 g64": [*QAT, "method.weight={format: int4, group_size: 64}", "method.lora={r: 8}"],
     "PEQA W4 g64": [*PEQA, "method.weight={format: int4, group_size: 64, symmetric: false}"],
     "PEQA W3 g64": [*PEQA, "method.weight={format: int3, group_size: 64}"],

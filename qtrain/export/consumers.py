@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -18,6 +18,7 @@ from qtrain.models.config import ModelSection
 from qtrain.models.load import load_model
 from qtrain.models.packed import load_packed
 from qtrain.models.quantized.header import read_header
+from qtrain.numerics.spec import Convention
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,24 @@ class Consumer:
         packages: that transformers needs for the format, as they are imported.
         install: the command for them.
         fp32: it computes with the numbers that the training computed with, in fp32.
-        rounds_alike: inputs that lie between two codes go to the one that they went to in training.
+        rounds_as: whose rounding of inputs with a scale of absmax / 127.5 a token it has.
+        multiplies_bytes: quantized inputs meet codes, their scales come after the sum.
     """
 
     name: str = "transformers"
     packages: tuple[str, ...] = ()
     install: str = ""
     fp32: bool = True
-    rounds_alike: bool = True
+    rounds_as: Convention = "compressed-tensors"
+    multiplies_bytes: bool = False
+
+    def breaks_ties_alike(self, conventions: Collection[Convention], bytes_too: bool) -> bool:
+        """Whether it finds the codes of inputs that the training found, whose arithmetic was ``bytes_too``.
+
+        With absmax / 127.5 the largest input of each token lies between two codes, and the last bit of a sum decides.
+        """
+        half = {convention for convention in conventions if convention != "vllm"}
+        return not half or (half == {self.rounds_as} and self.multiplies_bytes == bytes_too)
 
     @property
     def installed(self) -> bool:
@@ -51,7 +62,9 @@ CONSUMERS = {
     ),
     "awq": Consumer("transformers with GPTQModel", ("gptqmodel",), "pip install gptqmodel", fp32=False),
     # torchao multiplies inputs by 1 / scale (0.18).
-    "torchao": Consumer("transformers with torchao", ("torchao",), "pip install torchao", rounds_alike=False),
+    "torchao": Consumer(
+        "transformers with torchao", ("torchao",), "pip install torchao", rounds_as="torchao", multiplies_bytes=True
+    ),
     "bitsandbytes": Consumer("transformers with bitsandbytes and PEFT"),
 }
 """Formats that transformers does not read alone, or that what we depend on does not."""

@@ -121,6 +121,8 @@ def knows(key: str, shape: tuple[int, ...]) -> bool:
     rule = RULES[key]
     if type(rule) not in (Dynamic, Learned, Static) or rule.spec.format not in INTEGER_BITS or not math.prod(shape):
         return False
+    if rule.spec.convention == "torchao":  # a product with 1 / s, where the kernels divide
+        return False
     rows = rule.spec.granularity in ("per_channel", "per_token", "per_group")
     return rows and _sharing(shape, rule.spec) <= LONGEST
 

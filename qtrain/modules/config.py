@@ -46,7 +46,9 @@ class QuantizerSection(Section):
     full_range: bool = Field(False, description="use the code -2^(b-1) too")
     mid_rise: bool = Field(False, description="levels at half-integers, none at zero: SEQ at 2 bits")
     convention: Convention = Field(
-        "vllm", description="dynamic symmetric scales: vllm (absmax/127) or compressed-tensors (absmax/127.5)"
+        "vllm",
+        description="dynamic symmetric scales: vllm (absmax/127), compressed-tensors (absmax/127.5), torchao (the same, "
+        "with its rounding of what lies between two codes: for method.kernels=int8)",
     )
     scale_dtype: ScaleDtype | None = Field(
         None, description="what scales are rounded to as they are used; default: bf16 for weights, else fp32"

@@ -84,8 +84,12 @@ def largest_divisor(columns: int, group_size: int) -> int | None:
 
 def round_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
     """An fp32 scale as it will be stored: rounded to scale_dtype, no smaller than 2^-14 (fp32: 2^-100)."""
-    smallest = SMALLEST_FP32_SCALE if spec.scale_dtype == "fp32" else SMALLEST_SCALE
-    return scale.clamp(min=smallest).to(SCALE_DTYPES[spec.scale_dtype])
+    return scale.clamp(min=smallest_scale(spec)).to(SCALE_DTYPES[spec.scale_dtype])
+
+
+def smallest_scale(spec: QuantSpec) -> float:
+    """2^-14, or 2^-100 for fp32."""
+    return SMALLEST_FP32_SCALE if spec.scale_dtype == "fp32" else SMALLEST_SCALE
 
 
 def round_zero_point(low: Tensor, scale: Tensor, spec: QuantSpec) -> Tensor:
@@ -162,7 +166,11 @@ def quantize(x: Tensor, qparams: QParams, spec: QuantSpec) -> Tensor:
 
 def level_codes(groups: Tensor, qparams: QParams, spec: QuantSpec, out: Tensor | None = None) -> Tensor:
     """Codes as fp32 [rows, groups, size], in a tensor of their own, or in ``out``."""
-    scaled = torch.div(groups, qparams.scale.to(torch.float32).unsqueeze(-1), out=out)
+    scale = qparams.scale.to(torch.float32).unsqueeze(-1)
+    if spec.convention == "torchao":
+        scaled = torch.mul(groups, 1 / scale, out=out)
+    else:
+        scaled = torch.div(groups, scale, out=out)
     if spec.format == "binary":
         return torch.where(scaled >= 0, 1.0, -1.0)
     if spec.is_float:

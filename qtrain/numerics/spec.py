@@ -11,7 +11,7 @@ from qtrain.registry import did_you_mean
 
 ScaleDtype = Literal["fp16", "bf16", "fp32"]
 Granularity = Literal["per_tensor", "per_channel", "per_group", "per_token", "per_block"]
-Convention = Literal["vllm", "compressed-tensors"]
+Convention = Literal["vllm", "compressed-tensors", "torchao"]
 INTEGER_BITS = {f"int{bits}": bits for bits in range(2, 9)}
 FLOAT_MAX = {"fp8_e4m3": 448.0, "fp8_e5m2": 57344.0}
 BITS = INTEGER_BITS | {"ternary": 2, "binary": 1} | dict.fromkeys(FLOAT_MAX, 8)
@@ -38,7 +38,8 @@ class QuantSpec:
             negative code than positive ones).
         mid_rise: levels at half-integers, x = (q + 1/2) s: as many below zero as above, none at zero (ParetoQ's SEQ).
         convention: of dynamic symmetric scales: vllm divides the largest number by 2^(b-1) - 1 (127 for int8),
-            compressed-tensors by 2^(b-1) - 1/2 (127.5) and clamps the largest code.
+            compressed-tensors by 2^(b-1) - 1/2 (127.5) and clamps the largest code; torchao likewise, but multiplies
+            by 1 / s where the others divide by s: the largest number lies between two codes, and may go to the other.
         scale_dtype: what scales are stored in. bf16 keeps them on values that fp16 holds as well, so that a consumer
             running in fp32, bf16 or fp16 reads the same number; fp32 is for scales that are never stored.
     """
@@ -75,7 +76,7 @@ class QuantSpec:
             ("symmetric=False", not self.symmetric),
             ("full_range=True", self.full_range),
             ("mid_rise=True", self.mid_rise),
-            ("convention='compressed-tensors'", self.convention != "vllm"),
+            (f"convention={self.convention!r}", self.convention != "vllm"),
         ):
             if value and not integer:
                 raise ConfigError(f"{name} with format={self.format!r}", rule="only int2 .. int8 have that choice")
@@ -95,7 +96,7 @@ class QuantSpec:
     @property
     def quant_min(self) -> int:
         """The lowest code: -(2^(b-1) - 1), or one less where the whole range is used."""
-        whole = self.full_range or self.mid_rise or not self.symmetric or self.convention == "compressed-tensors"
+        whole = self.full_range or self.mid_rise or not self.symmetric or self.convention != "vllm"
         return -self.quant_max - int(whole)
 
     @property
@@ -110,7 +111,7 @@ class QuantSpec:
         """max|x| / scale of a symmetric range: what the largest number is divided by."""
         if self.mid_rise:
             return self.quant_max + 1.0  # ParetoQ: a = max|w| = 2^(b-1) s, the outer edge of the last cell
-        return self.quant_max + (0.5 if self.convention == "compressed-tensors" else 0.0)
+        return self.quant_max + (0.5 if self.convention != "vllm" else 0.0)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""

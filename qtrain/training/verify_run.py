@@ -79,7 +79,8 @@ def judge(
     recorded: Mapping[str, Any],
 ) -> None:
     """Add what a loaded export computes: the figures of its drift, and greedy tokens."""
-    ties = verdict.rounds_inputs and not loaded.by.rounds_alike
+    bytes_too = getattr(reference.module.method.options, "kernels", None) == "int8"
+    ties = not loaded.by.breaks_ties_alike(verdict.conventions, bytes_too)
     fp32 = loaded.by.fp32 and {reference.compute, reference.storage, deployed.dtype} == {torch.float32} and not ties
     verdict.cells["by"] = loaded.by.name
     if loaded.note:

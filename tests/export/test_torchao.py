@@ -33,9 +33,13 @@ CASES: dict[str, dict[str, Any]] = {
     "w4-adapters": {"weight": {"format": "int4", "group_size": 32, **LSQ}, "lora": {"r": 4}},
     "w4a8": {
         "weight": {"format": "int4", "group_size": 32, **LSQ},
-        "activation": {"format": "int8", "symmetric": False},
+        "activation": {"format": "int8", "symmetric": False, "convention": "torchao"},
     },
-    "w8a8": {"weight": {"format": "int8"}, "activation": {"format": "int8", "convention": "compressed-tensors"}},
+    "w8a8": {
+        "weight": {"format": "int8"},
+        "activation": {"format": "int8", "convention": "torchao"},
+        "kernels": "int8",
+    },
     "mixed": {
         "weight": {"format": "int4", "group_size": 32},
         "rules": {"*.down_proj": {"weight": {"format": "int8", "granularity": "per_channel"}}},
@@ -70,6 +74,8 @@ def test_codes_scales_and_zero_points_are_those_of_the_training(tmp_path: Path, 
         record, (codes, qparams) = found[key](), layer.codes()
         assert torch.equal(record.codes, codes) and torch.equal(record.scale, qparams.scale.float())
         assert torch.equal(record.dequantize(), layer.quantized_weight())
+    if name == "w8a8":  # read back it multiplies levels, and the last bit of a sum decides the largest input's code
+        return
     ids = torch.randint(0, 400, (2, 16), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(
@@ -111,10 +117,7 @@ def test_torchao_computes_what_the_training_did(tmp_path: Path, tiny_model: Buil
             with torch.no_grad():
                 expected = module(x)
                 difference = (consumer.get_submodule(key)(x) - expected).abs()
-            # torchao multiplies by 1 / s: a few of the inputs that lie between two codes go the other way.
-            assert float(difference.mean()) < (2e-3 if "a8" in name else 1e-6) * float(expected.std())
-    if "a8" in name:
-        return
+            assert float(difference.max()) < 1e-5 * float(expected.std())
     ids = torch.randint(0, 400, (2, 16), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         ours, theirs = model(ids).logits, consumer(ids).logits

@@ -24,6 +24,7 @@ def test_codes_span_the_symmetric_range(bits: int, low: int, high: int) -> None:
     [
         ({"format": "int8", "symmetric": False}, -128, 127, 127),
         ({"format": "int8", "convention": "compressed-tensors"}, -128, 127, 127.5),
+        ({"format": "int8", "convention": "torchao"}, -128, 127, 127.5),
         ({"format": "int2", "mid_rise": True}, -2, 1, 2),
         ({"format": "ternary"}, -1, 1, 1),
         ({"format": "binary"}, -1, 1, 1),

@@ -11,7 +11,8 @@ from qtrain.numerics.spec import INTEGER_BITS, QuantSpec
 
 RULE = (
     "torchao holds int2 .. int8 weights by row or group, symmetric or not; inputs as they are, or in int8, asymmetric, "
-    "each token by its own extremes; beside int8 weights by row inputs may be symmetric, convention compressed-tensors"
+    "each token by its own extremes; beside int8 weights by row inputs may be symmetric, convention torchao or "
+    "compressed-tensors"
 )
 
 
@@ -61,4 +62,4 @@ def needed_changes(weight: QuantSpec | None, activation: QuantSpec | None) -> di
 def _both_bytes(weight: QuantSpec, activation: QuantSpec) -> bool:
     """The layout of torchao's Int8Tensor: symmetric bytes by row times symmetric bytes by token."""
     by_row = weight.format == "int8" and weight.symmetric and weight.granularity == "per_channel"
-    return by_row and activation.convention == "compressed-tensors"
+    return by_row and activation.convention != "vllm"

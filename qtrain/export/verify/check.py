@@ -67,7 +67,7 @@ def _compare(verdict: Verdict, deployed: DeployedModel, progress: Progress | Non
             verdict.found("layout", [error])
         return
     verdict.lossy, verdict.as_trained = bool(result.lossy), not result.other_inputs
-    verdict.rounds_inputs = result.inputs > 0
+    verdict.conventions = frozenset(result.conventions)
     verdict.found("names", result.names)
     verdict.found("layout", result.layout)
     for kind, count in result.counts.items():

@@ -26,7 +26,7 @@ def config_problems(directory: Path, config: PretrainedConfig, dtype: torch.dtyp
     path = directory / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        found = AutoConfig.from_pretrained(directory)
+        found = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         yield ExportError(f"it cannot be read: {' '.join(str(error).split())[:300]}", where=str(path))
         return
@@ -70,7 +70,7 @@ def tokenizer_problems(directory: Path, tokenizer: PreTrainedTokenizerBase) -> I
     """The tokenizer beside the weights against the one of the training: probe text, vocabulary, template."""
     where, rule = str(directory), "the export's tokenizer is that of the training"
     try:
-        found = AutoTokenizer.from_pretrained(directory)
+        found = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         yield ExportError(f"the tokenizer cannot be read: {' '.join(str(error).split())[:300]}", where=where, rule=rule)
         return

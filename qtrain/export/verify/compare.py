@@ -17,6 +17,7 @@ from qtrain.models.quantized.layer import QuantizedLayer
 from qtrain.modules.deployed import DeployedModel, DeployedTensor
 from qtrain.modules.record import LinearRecord
 from qtrain.numerics.affine import QParams
+from qtrain.numerics.spec import Convention
 
 SAME_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integers by their bytes: two tensors are equal in them where all their bits are, the sign of zero too."""
@@ -31,7 +32,7 @@ class Comparison:
         tensors: how many plain tensors are equal bit by bit.
         lossy: layers whose codes were chosen when the export was written.
         other_inputs: layers whose inputs a consumer does not quantize as the training did.
-        inputs: layers whose inputs were quantized in training.
+        conventions: of the scales by token that inputs of layers were quantized with in training.
         layout: layers that are described otherwise than they were trained.
         names: tensors that are missing or too many.
         wrong: plain tensors of another shape, dtype or content.
@@ -41,7 +42,7 @@ class Comparison:
     tensors: int = 0
     lossy: int = 0
     other_inputs: int = 0
-    inputs: int = 0
+    conventions: set[Convention] = field(default_factory=set)
     layout: list[QtrainError] = field(default_factory=list)
     names: list[QtrainError] = field(default_factory=list)
     wrong: list[QtrainError] = field(default_factory=list)
@@ -57,7 +58,9 @@ def compare(stored: Stored, deployed: DeployedModel, progress: Progress | None =
         layer = stored.layers.get(name)
         seen |= {tensor.name, name}
         result.other_inputs += not _same_inputs(layer, tensor)
-        result.inputs += tensor.activation is not None
+        inputs = tensor.activation
+        if inputs is not None and inputs.granularity == "per_token" and inputs.symmetric:
+            result.conventions.add(inputs.convention)
         if layer is not None:
             _compare_layer(name, layer, tensor, stored.tells_symmetry, result)
         elif tensor.name in stored.others:
@@ -146,8 +149,7 @@ def _same_inputs(layer: QuantizedLayer | None, tensor: DeployedTensor) -> bool:
     if own is None or layer is None or layer.inputs is None:
         return own is None
     # A scale a token is absmax / 127 or absmax / 127.5: that alone moves logits.
-    convention = own.convention == layer.inputs.spec.convention
-    return convention or not own.symmetric or own.granularity != "per_token"
+    return own.reach == layer.inputs.spec.reach or not own.symmetric or own.granularity != "per_token"
 
 
 def _compare_plain(tensor: DeployedTensor, stored: Stored, dtype: torch.dtype, result: Comparison) -> None:

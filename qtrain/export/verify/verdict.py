@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qtrain.errors import ExportError, QtrainError
+from qtrain.numerics.spec import Convention
 
 FAILED = "FAILED"
 
@@ -21,7 +22,7 @@ class Verdict:
         lossy: its codes are not the training's: a merged model was quantized when it was written.
         as_trained: a consumer computes what the training graph does: it quantizes the same inputs, an adapter is merged
             into the base that it was trained on, and no merged weight was rounded.
-        rounds_inputs: inputs of layers are quantized when it runs.
+        conventions: of the scales by token that inputs of layers are quantized with when it runs.
         merged: an adapter, if there was one, is in the weights, not beside them.
         cells: what was looked at, in the order of the table, and what was found in a word or a figure.
         failures: what must not be.
@@ -33,7 +34,7 @@ class Verdict:
     directory: Path
     lossy: bool = False
     as_trained: bool = True
-    rounds_inputs: bool = False
+    conventions: frozenset[Convention] = frozenset()
     merged: bool = True
     cells: dict[str, str] = field(default_factory=dict)
     failures: list[QtrainError] = field(default_factory=list)

@@ -19,7 +19,7 @@ from qtrain.numerics.spec import QuantSpec
 KINDS = ("IntxUnpackedToInt8Tensor", "Int8Tensor")
 PARTS = ("qdata", "scale", "zero_point")
 ASYMMETRIC_INPUT = QuantSpec("int8", False, "per_token", None, scale_dtype="fp32")
-SYMMETRIC_INPUT = QuantSpec("int8", True, "per_token", None, convention="compressed-tensors", scale_dtype="fp32")
+SYMMETRIC_INPUT = QuantSpec("int8", True, "per_token", None, convention="torchao", scale_dtype="fp32")
 
 
 def read(tensors: TensorFiles, header: Mapping[str, Any], linears: Mapping[str, nn.Linear]) -> Reading:
