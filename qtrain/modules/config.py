@@ -47,7 +47,7 @@ class QuantizerSection(Section):
     mid_rise: bool = Field(False, description="levels at half-integers, none at zero: SEQ at 2 bits")
     convention: Convention = Field(
         "vllm",
-        description="dynamic symmetric scales: vllm (absmax/127), compressed-tensors (absmax/127.5), torchao (the same, "
+        description="dynamic symmetric scales: vllm (absmax/127), compressed-tensors (absmax/127.5), torchao (that, "
         "with its rounding of what lies between two codes: for method.kernels=int8)",
     )
     scale_dtype: ScaleDtype | None = Field(
