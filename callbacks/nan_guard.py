@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
+from qtrain.callbacks.checkpoint_files import checkpoints
+from qtrain.callbacks.trainable_checkpoint import read_checkpoint
 from qtrain.callbacks.training_batches import untracked
-from qtrain.errors import ModelError
+from qtrain.errors import CheckpointError, ModelError
 
 
 class NanGuard(Callback):
@@ -72,6 +75,7 @@ class NanGuard(Callback):
         raise ModelError(
             f"the loss is {losses[bad[0]].item()} at {_position(trainer, batch_idx)}; "
             + _first_bad_output(trainer, pl_module, batch, batch_idx),
+            rule=_last_good(trainer),
             fix="a lower learning rate, gradient_clip_val=1.0, or a look at that batch",
         )
 
@@ -83,12 +87,28 @@ class NanGuard(Callback):
         raise ModelError(
             f"the loss is finite but {len(bad)} of {len(gradients)} gradients are not at "
             f"{_position(trainer, self._batch[1])}; {nearest}",
+            rule=_last_good(trainer),
             fix="gradient_clip_val does not cure this; look for a root, a logarithm or a division at 0 in that layer",
         )
 
 
 def _position(trainer: Trainer, batch_idx: int) -> str:
     return f"step {trainer.global_step} (epoch {trainer.current_epoch}, batch {batch_idx})"
+
+
+def _last_good(trainer: Trainer) -> str | None:
+    """Where training can go on from: the newest checkpoint of finite weights."""
+    directory = getattr(trainer.checkpoint_callback, "dirpath", None)
+    if directory is None:
+        return None
+    for path in reversed(checkpoints(Path(directory))):
+        try:
+            weights = read_checkpoint(str(path))["state_dict"].values()
+        except CheckpointError:
+            continue
+        if all(bool(weight.isfinite().all()) for weight in weights if weight.is_floating_point()):
+            return f"no step is taken with it; the last good checkpoint is {path}"
+    return "no step is taken with it; there is no checkpoint yet"
 
 
 class _Found(Exception):

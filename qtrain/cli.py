@@ -9,6 +9,8 @@ from qtrain.config.compose import recipe_names
 from qtrain.console import err, fail, hush, listing, say
 from qtrain.errors import ConfigError, QtrainError
 from qtrain.registry import did_you_mean, resolve
+from qtrain.stopping import Stopped, stoppable
+from qtrain.storage import storage_error
 from qtrain.verbs.keys import print_keys
 from qtrain.verbs.request import check_inputs, read_request, require_run, splits_of
 from qtrain.verbs.table import VERBS
@@ -17,16 +19,23 @@ USAGE = "qtrain VERB [recipe=NAME|PATH] [section.key=value ...]"
 
 
 def main(words: Sequence[str]) -> int:
-    """Run one command; the exit status: 0, 2 for a mistake of the input, 130 for an interrupt."""
+    """Run one command; the exit status: 0, 2 for a mistake of the input, 130 for SIGINT, 143 for SIGTERM."""
     hush()
     try:
-        return _dispatch(list(words))
+        with stoppable():
+            return _dispatch(list(words))
     except QtrainError as error:
         fail(str(error))
         return 2
-    except KeyboardInterrupt:
-        err.print("interrupted")
-        return 130
+    except OSError as error:
+        named = storage_error(error)
+        if named is None:
+            raise
+        fail(str(named))
+        return 2
+    except Stopped as stopped:
+        err.print(str(stopped), markup=False)
+        return stopped.status
 
 
 def _dispatch(words: list[str]) -> int:
@@ -45,7 +54,8 @@ def _dispatch(words: list[str]) -> int:
         return 0
     if not verb.sections:
         if rest:
-            raise ConfigError(f"`qtrain {name}` takes no arguments, not {rest[0]!r}", fix=f"qtrain {name}")
+            rule = "it reads no config"
+            raise ConfigError(f"`qtrain {name}` takes no arguments, not {rest[0]!r}", rule=rule, fix=f"qtrain {name}")
         resolve(verb.run)()
         return 0
     request = read_request(name, rest)

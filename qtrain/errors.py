@@ -45,6 +45,10 @@ class CheckpointError(QtrainError):
     """A checkpoint or a run directory that cannot be read or must not be overwritten."""
 
 
+class StorageError(QtrainError):
+    """A disk that is full, or a directory that cannot be written."""
+
+
 class ExportError(QtrainError):
     """A model that the chosen format cannot hold."""
 

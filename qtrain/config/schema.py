@@ -52,7 +52,7 @@ class RunSection(Section):
         "high", description="of fp32 products on a GPU: high is TF32"
     )
     save_every: int = Field(0, ge=0, description="optimizer steps between checkpoints; 0 is at the end of each epoch")
-    keep: int = Field(2, ge=1, description="checkpoints to keep")
+    keep: int = Field(2, ge=1, description="last checkpoints to keep; the one of the lowest validation loss stays too")
 
 
 class LanguageRunSection(RunSection):

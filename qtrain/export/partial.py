@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from qtrain.errors import ExportError, QtrainError
+from qtrain.errors import ExportError, QtrainError, StorageError
 from qtrain.files import atomic_directory, replace_directory, write_text
+from qtrain.storage import told
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +59,11 @@ def partial_export(path: Path, key: str | None) -> Iterator[Partial]:
         partial = Partial(kept / "files", kept / "journal.json")
         _begin(partial, kept / "key", key)
         try:
-            yield partial
-            replace_directory(partial.files, path)
+            with told(path):
+                yield partial
+                replace_directory(partial.files, path)
+        except StorageError:  # once there is room, the next one goes on
+            raise
         except QtrainError:
             shutil.rmtree(kept)
             raise

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ def _metrics(path: Path) -> dict[str, Series]:
     if not path.exists():
         return {}
     with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
+        for row in csv.DictReader(_whole(file)):
             step = _number(row.pop("step", None))
             for name, cell in row.items():
                 value = _number(cell)
@@ -100,11 +101,16 @@ def _diagnostics(path: Path) -> dict[str, dict[str, Series]]:
     if not path.exists():
         return {}
     with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
+        for row in csv.DictReader(_whole(file)):
             step, value = _number(row.get("step")), _number(row.get("value"))
             if step is not None and value is not None:
                 found[row["diagnostic"]][row["layer"]].append((int(step), value))
     return {name: dict(layers) for name, layers in found.items()}
+
+
+def _whole(lines: Iterable[str]) -> Iterator[str]:
+    """Without a last line that a killed process left half written, which may hold half a number."""
+    return (line for line in lines if line.endswith("\n"))
 
 
 def _number(cell: Any) -> float | None:

@@ -13,6 +13,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from qtrain.callbacks.checkpoint_files import KEY
 from qtrain.callbacks.samples import SampleGenerations
 from qtrain.callbacks.scheduled_quantization import ScheduledQuantization
 from qtrain.callbacks.throughput import Throughput
@@ -23,7 +24,7 @@ from qtrain.console import say
 from qtrain.data.datamodule import LanguageData
 from qtrain.evaluation.progress import progress_over
 from qtrain.evaluation.recovery import Recovery
-from qtrain.files import write_json
+from qtrain.files import atomic_directory, sweep, write_json
 from qtrain.methods.method import build_method
 from qtrain.models.packed import save_packed
 from qtrain.modules.block_chain import BlockError
@@ -84,6 +85,7 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
     module.build(trainer.strategy.root_device, data)
     assert module.model is not None
     # Only now that data and model are known to be good does an earlier run give way.
+    sweep(run.path)
     if checkpoint is None:
         run.clear()
         if module.method.keeps_base:
@@ -91,7 +93,8 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
             shutil.rmtree(run.scratch, ignore_errors=True)
     save_config(config, run.config)
     write_json(run.result("data"), data.summary.to_dict())
-    trainer.loggers = loggers(config, run.path, step)
+    own = read_checkpoint(str(checkpoint)).get(KEY, {}) if checkpoint else {}
+    trainer.loggers = loggers(config, run.path, step, own.get("row"))
     state = state_bytes((p for p in module.model.parameters() if p.requires_grad), config.optimizer)
     facts = [f"optimizer   {config.optimizer.name}, {state / 1e6:,.1f} MB of state"]
     facts += [f"loss        {module.loss_path}", f"layers      {module.fused}", f"recompute   {module.recompute}"]
@@ -120,7 +123,8 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
     trained_from = time.monotonic()
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     seconds = time.monotonic() - trained_from
-    train_loss = number(trainer.callback_metrics.get("train/loss"))  # validating anew forgets it
+    logged = own.get("metrics", {}) | dict(trainer.callback_metrics)  # the former where no step was left
+    train_loss = number(logged.get("train/loss"))  # validating anew forgets it
     after = _held_out(trainer, module, data) if validated else {}
     if checkpoint is not None and run.result("baselines").exists():
         earlier = json.loads(run.result("baselines").read_text(encoding="utf-8"))
@@ -148,8 +152,9 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
     }
     if trainer.is_global_zero:
         trained = run.path / module.method.artifact
-        module.method.save(module.model, trained)
-        module.tokenizer.save_pretrained(trained)
+        with atomic_directory(trained) as whole:
+            module.method.save(module.model, whole)
+            module.tokenizer.save_pretrained(whole)
         write_json(run.result("fit"), figures)
         write_report(run.path)
         log_recovery(trainer.loggers, figures["recovery"], trainer.global_step)

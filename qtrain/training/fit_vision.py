@@ -11,13 +11,14 @@ import lightning as L
 import torch
 from torch import nn
 
+from qtrain.callbacks.checkpoint_files import KEY
 from qtrain.callbacks.throughput import Throughput
 from qtrain.callbacks.trainable_checkpoint import read_checkpoint
 from qtrain.config.compose import save_config
 from qtrain.config.schema import VisionConfig
 from qtrain.console import say
 from qtrain.errors import ConfigError
-from qtrain.files import write_json
+from qtrain.files import sweep, write_json
 from qtrain.report.write import write_report
 from qtrain.training.image_quantization import (
     diagnostics,
@@ -97,11 +98,13 @@ def fit(config: VisionConfig, run: RunDirectory) -> dict[str, Any]:
     if quantizing:
         quantizing.prepare(module)
     # Only now that data and model are known to be good does an earlier run give way.
+    sweep(run.path)
     if checkpoint is None:
         run.clear()
     save_config(config, run.config)
     write_json(run.result("data"), data.summary())
-    trainer.loggers = loggers(config, run.path, step)
+    own = read_checkpoint(str(checkpoint)).get(KEY, {}) if checkpoint else {}
+    trainer.loggers = loggers(config, run.path, step, own.get("row"))
     if checkpoint is None:
         write_json(run.result("baselines"), untrained)
     elif run.result("baselines").exists():
@@ -113,7 +116,8 @@ def fit(config: VisionConfig, run: RunDirectory) -> dict[str, Any]:
     trained_from = time.monotonic()
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     seconds = time.monotonic() - trained_from
-    train_loss = number(trainer.callback_metrics.get("train/loss"))  # evaluating forgets it
+    logged = own.get("metrics", {}) | dict(trainer.callback_metrics)  # the former where no step was left
+    train_loss = number(logged.get("train/loss"))  # evaluating forgets it
     measured = {}
     if config.data.validation_share:
         measured = _measured("val", trainer.validate(module, datamodule=data, verbose=False))

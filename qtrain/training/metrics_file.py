@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from qtrain.files import atomic_file
+from qtrain.storage import told
 
 Row = dict[str, Any]
 
@@ -26,11 +27,12 @@ class MetricsFile(Logger):
         path: the file; its columns are ``step`` (0 is the first optimizer step), then in order of appearance.
         keep_below: rows that an earlier process left stay if their step is below this. 0 starts anew; None is the
             step of the first row logged here: from there on a resumed run repeats what the killed one wrote.
+        last_row: the row of the last of these steps, for a process that was killed after the checkpoint and before it.
     """
 
-    def __init__(self, path: Path, keep_below: int | None = 0) -> None:
+    def __init__(self, path: Path, keep_below: int | None = 0, last_row: Row | None = None) -> None:
         super().__init__()
-        self.path = path
+        self.path, self._last_row = path, last_row
         self._keep_below = keep_below
         self._columns: list[str] = []  # empty until this process has written
         self._pending: list[Row] = []
@@ -65,6 +67,10 @@ class MetricsFile(Logger):
         """Write the rows held back."""
         if not self._pending:
             return
+        with told(self.path):
+            self._save()
+
+    def _save(self) -> None:
         keys = dict.fromkeys(key for row in self._pending for key in row)
         if keys.keys() <= set(self._columns):
             _write(self.path, "a", self._columns, self._pending)
@@ -85,7 +91,14 @@ class MetricsFile(Logger):
         if self._columns:
             return rows
         keep_below = self._pending[0]["step"] if self._keep_below is None else self._keep_below
-        return [row for row in rows if int(row["step"]) < keep_below]
+        kept = [row for row in rows if int(row["step"]) < keep_below]
+        if self._last_row and not any(_same(row, self._last_row) for row in kept):
+            kept.append(self._last_row)
+        return kept
+
+
+def _same(row: Row, other: Row) -> bool:
+    return all(row.get(name) == str(value) for name, value in other.items())
 
 
 def _read(path: Path) -> list[Row]:

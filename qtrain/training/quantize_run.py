@@ -16,7 +16,7 @@ from qtrain.data.datamodule import LanguageData
 from qtrain.errors import ConfigError
 from qtrain.evaluation.held_out import held_out, limited
 from qtrain.evaluation.progress import progress_over
-from qtrain.files import write_json
+from qtrain.files import atomic_directory, write_json
 from qtrain.methods.base import load_base
 from qtrain.methods.packed.config import PackedOptions
 from qtrain.models.dtype import resolve_dtypes
@@ -64,9 +64,10 @@ def quantize_run(config: Config, run: RunDirectory) -> dict[str, Any]:
     quantized = _perplexity(plain, data, compute, limit) if measured else None
     run.clear()
     save_config(config, run.config)
-    save_packed(plain, run.base)
+    with atomic_directory(run.base) as whole:
+        save_packed(plain, whole)
+        module.tokenizer.save_pretrained(whole)
     shutil.rmtree(run.scratch, ignore_errors=True)
-    module.tokenizer.save_pretrained(run.base)
     say(module.method.lines(model), title="model")
     figures = {
         "perplexity_full": full,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from qtrain.config.schema import RunConfig
 from qtrain.errors import CheckpointError
+from qtrain.files import remove_directory
 
 CHECKPOINTS = "checkpoints"
 ARTIFACTS = ("adapter", "weights", "scales")
@@ -78,7 +78,7 @@ class RunDirectory:
 
     def newest_checkpoint(self) -> Path | None:
         """The checkpoint of the highest step."""
-        found = sorted(self.checkpoints.glob("step-*.ckpt"))
+        found = sorted(self.checkpoints.glob("step-*.ckpt"), key=lambda path: (len(path.name), path.name))
         return found[-1] if found else None
 
     def start(self, *, resume: bool | str, overwrite: bool) -> Path | None:
@@ -121,7 +121,7 @@ class RunDirectory:
     def clear(self) -> None:
         """Let go of what an earlier run left; files of other programs stay."""
         for entry in (CHECKPOINTS, *ARTIFACTS, "base", "export", "wandb"):
-            shutil.rmtree(self.path / entry, ignore_errors=True)
+            remove_directory(self.path / entry)
         tables = [self.path / name for name in ("metrics.csv", "diagnostics.csv")]
         for file in [*self.path.glob("*.json"), *self.path.glob("*.jsonl"), *tables]:
             file.unlink(missing_ok=True)

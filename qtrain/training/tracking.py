@@ -11,13 +11,15 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from qtrain.config.schema import RunConfig
-from qtrain.training.metrics_file import MetricsFile
+from qtrain.training.metrics_file import MetricsFile, Row
 
 log = logging.getLogger(__name__)
 WITHOUT = "W&B is off, figures go to metrics.csv alone: %s"
 
 
-def loggers(config: RunConfig, run_dir: Path, resume_step: int | None = None) -> list[Logger]:
+def loggers(
+    config: RunConfig, run_dir: Path, resume_step: int | None = None, last_row: Row | None = None
+) -> list[Logger]:
     """`metrics.csv`, exactly there in ``run_dir``, and W&B if it is enabled and can be reached.
 
     Args:
@@ -25,8 +27,10 @@ def loggers(config: RunConfig, run_dir: Path, resume_step: int | None = None) ->
         run_dir: the run's directory.
         resume_step: optimizer steps done by the checkpoint that ``run.resume`` goes on from; rows of
             `metrics.csv` from there on are written again. None finds it from the first row that is logged.
+        last_row: figures of that checkpoint's step, should they not be in `metrics.csv` yet.
     """
-    csv: Logger = MetricsFile(run_dir / "metrics.csv", keep_below=resume_step if config.run.resume else 0)
+    keep_below = resume_step if config.run.resume else 0
+    csv: Logger = MetricsFile(run_dir / "metrics.csv", keep_below=keep_below, last_row=last_row)
     wandb = _wandb_logger(config, run_dir) if config.wandb.enabled else None
     return [csv, wandb] if wandb else [csv]
 

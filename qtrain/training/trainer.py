@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback, RichProgressBar
 
 from qtrain.callbacks.nan_guard import NanGuard
 from qtrain.callbacks.progress_lines import ProgressLines
+from qtrain.callbacks.stop_signals import StopSignals
 from qtrain.callbacks.trainable_checkpoint import TrainableCheckpoint
 from qtrain.config.schema import Config, RunConfig
 from qtrain.errors import ConfigError
@@ -58,10 +59,14 @@ def trainer_arguments(config: RunConfig, **preferred: Any) -> dict[str, Any]:
 
 
 def run_callbacks(config: RunConfig, run: RunDirectory) -> list[Callback]:
-    """The callbacks of every run: a guard, checkpoints, progress."""
+    """The callbacks of every run: a guard, checkpoints, an answer to signals, progress."""
+    checkpoint = TrainableCheckpoint(
+        str(run.checkpoints), every_n_train_steps=config.run.save_every, keep=config.run.keep
+    )
     return [
         NanGuard(),
-        TrainableCheckpoint(str(run.checkpoints), every_n_train_steps=config.run.save_every, keep=config.run.keep),
+        checkpoint,
+        StopSignals(checkpoint),
         RichProgressBar() if sys.stderr.isatty() else ProgressLines(),
     ]
 

@@ -185,7 +185,11 @@ def test_gradients_are_left_to_an_fp16_scaler() -> None:
         parameter.grad = torch.full_like(parameter, torch.inf)
     guard = NanGuard()
     trainer: Any = SimpleNamespace(
-        precision_plugin=SimpleNamespace(scaler=object()), global_step=0, current_epoch=0, loggers=[]
+        precision_plugin=SimpleNamespace(scaler=object()),
+        global_step=0,
+        current_epoch=0,
+        loggers=[],
+        checkpoint_callback=None,
     )
     guard.on_before_optimizer_step(trainer, model, optimizer)
     trainer.precision_plugin.scaler = None
