@@ -58,8 +58,9 @@ def hush() -> None:
     # Says at import that an optional kernel is absent, and at each int8 product that it casts to fp16.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for name in ("httpx", "torch", "datasets", "matplotlib"):
+    for name in ("httpx", "torch", "matplotlib"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # logs what it raises, and that is told once
     warnings.filterwarnings("ignore", module=r"(lightning|transformers|peft|torch|bitsandbytes|wandb)(\.|$)")
 
 

@@ -21,7 +21,7 @@ ROOT = Path(qtrain.__file__).parent
 
 # Lowest first. A package or module of qtrain may import from the levels below its own.
 LAYERS = (
-    {"errors", "storage", "files", "stopping", "registry", "section", "console", "package_files"},
+    {"errors", "storage", "files", "stopping", "registry", "section", "console", "package_files", "paths"},
     {"numerics"},
     {"kernels"},
     {"modules", "models"},
@@ -40,6 +40,7 @@ ALLOWED = {
     ("package_files", "errors"): "a file that is not there is an error with a way out",
     ("package_files", "registry"): "and the nearest name is the way out",
     ("storage", "errors"): "what a disk refuses is an error with a way out",
+    ("files", "errors"): "figures that are no numbers are an error with a way out",
     ("files", "storage"): "and each write tells it",
     ("registry", "errors"): "a name that is not registered is an error with a way out",
     ("export", "ptq"): "the int4 export chooses scales and codes with the post-training methods",

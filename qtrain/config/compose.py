@@ -11,13 +11,17 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
+from qtrain.config.plain_text import check_references, check_size
 from qtrain.config.problems import problems, shown
 from qtrain.config.schema import TASKS, Config, RunConfig
 from qtrain.config.trainer_args import OWNED, argument_type, trainer_arguments
 from qtrain.errors import ConfigError, ErrorList, QtrainError
 from qtrain.files import write_text
+from qtrain.paths import unreachable
 from qtrain.registry import Registry, did_you_mean
 from qtrain.section import Section
+
+RECIPE = "a recipe is a YAML mapping of sections"
 
 
 def recipe_names() -> list[str]:
@@ -43,11 +47,20 @@ def load_recipe(recipe: str | Path | None = None, *overrides: str) -> Config:
     """
     chosen = read_recipe(recipe) if recipe is not None else OmegaConf.create()
     given = parse_overrides(overrides)
+    where = str(recipe or "overrides")
     try:
         merged = OmegaConf.merge(_put_aside(chosen, given), given)
+        check_references(OmegaConf.to_container(merged))
         content = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(str(error).splitlines()[0], where=str(recipe or "overrides")) from None
+        raise ConfigError(
+            str(error).splitlines()[0],
+            where=where,
+            rule="${section.key} refers to a key that is set",
+            fix="the value itself; \\${ is a plain ${",
+        ) from None
+    except ConfigError as error:
+        raise ConfigError(error.what, where=where, rule=error.rule, fix=error.fix) from None
     assert isinstance(content, dict)
     named = {"recipe": str(recipe)} if recipe is not None else {}
     return cast(Config, check(named | {str(key): value for key, value in content.items()}))
@@ -57,12 +70,14 @@ def check(content: dict[str, Any]) -> RunConfig:
     """The config of a task from plain nested content; every mistake is collected before any is raised."""
     task = str(content.get("task", "language"))
     if task not in TASKS.names():
-        raise ErrorList([ConfigError(f"task={task} is unknown", fix=did_you_mean(task, TASKS.names()))])
+        rule = "a task is what kind of model is trained: " + ", ".join(TASKS.names())
+        raise ErrorList([ConfigError(f"task={task} is unknown", rule=rule, fix=did_you_mean(task, TASKS.names()))])
     schema = TASKS.get(task)
     errors: list[QtrainError] = []
     known = schema.model_fields
     for key in content.keys() - known.keys():
-        errors.append(ConfigError(f"{key!r} is no section", fix=did_you_mean(key, known)))
+        rule = "keys belong to sections: " + ", ".join(sorted(known))
+        errors.append(ConfigError(f"{key!r} is no section", rule=rule, fix=did_you_mean(key, known)))
     classes: dict[str, type[Section]] = {
         name: info.annotation
         for name, info in known.items()
@@ -78,7 +93,8 @@ def check(content: dict[str, Any]) -> RunConfig:
     for name, cls in classes.items():
         values = content.get(name) or {}
         if not isinstance(values, dict):
-            errors.append(ConfigError(f"{name}={values!r} is a section", fix=f"set its keys: {name}.KEY=VALUE"))
+            rule = "a section is a mapping of keys to values"
+            errors.append(ConfigError(f"{name}={values!r} is a section", rule=rule, fix=f"{name}.KEY=VALUE"))
             continue
         try:
             sections[name] = cls.model_validate(values)
@@ -96,16 +112,26 @@ def parse_overrides(overrides: tuple[str, ...] | list[str]) -> DictConfig:
     given = OmegaConf.create()
     for word in overrides:
         key, sign, value = word.partition("=")
-        if not sign or not key:
-            raise ConfigError(f"{word!r} is no override", rule="key=value", fix="qtrain fit --help lists the keys")
+        if not sign or not all(key.split(".")):
+            raise ConfigError(
+                f"{word!r} is no override", rule="section.key=value", fix="qtrain fit --help lists the keys"
+            )
         try:
             OmegaConf.update(given, key, _value(value), force_add=True)
-        except (OmegaConfBaseException, yaml.YAMLError) as error:
-            raise ConfigError(f"{word!r}: {str(error).splitlines()[0]}", rule="key=value, the value in YAML") from None
+        except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise ConfigError(
+                f"{word!r}: {reason}",
+                rule="section.key=value, the value in YAML",
+                fix=f"quotes for the shell and for YAML where it is text: {key}=\"'TEXT'\"",
+            ) from None
+        except ConfigError as error:
+            raise ConfigError(error.what, where=key, rule=error.rule, fix=error.fix) from None
     return given
 
 
 def _value(text: str) -> Any:
+    check_size(text)
     # OmegaConf's own loader reads 2e-4 as a number, which plain YAML 1.1 takes for text.
     parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
     assert isinstance(parsed, dict)
@@ -118,17 +144,29 @@ def read_recipe(recipe: str | Path) -> DictConfig:
     if name in recipe_names():
         path = files("qtrain.recipes") / f"{name}.yaml"
     elif name.endswith((".yaml", ".yml")) or "/" in name:
-        if not Path(name).is_file():
-            raise ConfigError(f"recipe={name} is no file", fix="qtrain recipes lists the recipes that come with qtrain")
+        if unreachable(Path(name)) or not Path(name).is_file():
+            raise ConfigError(
+                f"recipe={name[:100]} is no file", rule=RECIPE, fix="`qtrain recipes` lists those of qtrain"
+            )
         path = Path(name)
     else:
-        raise ConfigError(f"recipe={name} is unknown", fix=did_you_mean(name, recipe_names()))
+        raise ConfigError(
+            f"recipe={name} is unknown",
+            rule="a recipe is one of qtrain's by its name, or a .yaml file by its path",
+            fix=did_you_mean(name, recipe_names()),
+        )
+    fix = "`qtrain recipes` lists examples; RUN/config.yaml is one too"
     try:
-        content = OmegaConf.create(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException, OSError) as error:
-        raise ConfigError(" ".join(str(error).split()), where=name, rule="a recipe is a YAML mapping") from None
-    if not isinstance(content, DictConfig):
-        raise ConfigError("no mapping", where=name, rule="a recipe is a YAML mapping of sections")
+        text = path.read_text(encoding="utf-8")
+        check_size(text)
+        content = OmegaConf.create(text)
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
+        raise ConfigError(" ".join(str(error).split()), where=name, rule=RECIPE, fix=fix) from None
+    except ConfigError as error:
+        raise ConfigError(error.what, where=name, rule=error.rule, fix=error.fix) from None
+    # OmegaConf takes a word alone for a key without a value.
+    if not isinstance(content, DictConfig) or OmegaConf.to_container(content) == {text.strip(): None}:
+        raise ConfigError("no mapping", where=name, rule=RECIPE, fix=fix)
     return content
 
 
@@ -145,7 +183,9 @@ def _registered(values: Any, registry: Registry[Any], key: str) -> type[Section]
         name = registry.names()[0]
     if name not in registry.names():
         raise ConfigError(
-            f"{registry.kind.split()[0]}.{key}={name} is unknown", fix=did_you_mean(str(name), registry.names())
+            f"{registry.kind.split()[0]}.{key}={name} is unknown",
+            rule=f"{registry.kind}: {', '.join(registry.names())}",
+            fix=did_you_mean(str(name), registry.names()),
         )
     cls: type[Section] = registry.get(name)
     return cls
@@ -153,35 +193,44 @@ def _registered(values: Any, registry: Registry[Any], key: str) -> type[Section]
 
 def _put_aside(recipe: DictConfig, given: DictConfig) -> DictConfig:
     """The recipe less what an override replaces: keys of another method or format, the directory of another run."""
-    kept = OmegaConf.to_container(recipe)
-    assert isinstance(kept, dict)
-    task = OmegaConf.select(given, "task") or OmegaConf.select(recipe, "task") or "language"
+    kept, asked = OmegaConf.to_container(recipe), OmegaConf.to_container(given)
+    assert isinstance(kept, dict) and isinstance(asked, dict)
+    task = asked.get("task") or kept.get("task") or "language"
     tagged = TASKS.get(task).tagged if task in TASKS.names() else {}  # an unknown one is told when all is checked
     for section, (registry, key) in tagged.items():
-        old, new = OmegaConf.select(recipe, f"{section}.{key}"), OmegaConf.select(given, f"{section}.{key}")
+        old, new = _value_of(kept, section, key), _value_of(asked, section, key)
         if old and new and old != new and new in registry.names():
             fields = registry.get(new).model_fields
             kept[section] = {name: value for name, value in kept[section].items() if name in fields}
-    directory, name = OmegaConf.select(recipe, "run.dir"), OmegaConf.select(given, "run.name")
+    directory, name = _value_of(kept, "run", "dir"), _value_of(asked, "run", "name")
     if directory and name:
-        kept["run"]["dir"] = str(Path(directory).with_name(str(name)))  # beside the run that is repeated
+        kept["run"]["dir"] = str(Path(str(directory)).with_name(str(name)))  # beside the run that is repeated
     return OmegaConf.create(kept)
+
+
+def _value_of(content: dict[Any, Any], section: str, key: str) -> Any:
+    values = content.get(section)
+    return values.get(key) if isinstance(values, dict) else None
 
 
 def _trainer_problems(trainer: Any) -> list[ConfigError]:
     if not isinstance(trainer, dict):
-        return [ConfigError(f"trainer={trainer!r} is a section", fix="set its keys: trainer.max_steps=100")]
+        rule = "a section is a mapping of keys to values"
+        return [ConfigError(f"trainer={trainer!r} is a section", rule=rule, fix="trainer.max_steps=100")]
     arguments, found = trainer_arguments(), []
     for name, value in trainer.items():
         if name not in arguments:
             hint = did_you_mean(str(name), arguments.keys() - OWNED.keys())
-            found.append(ConfigError(f"trainer.{name} is no argument of lightning.Trainer", fix=hint))
+            rule = "trainer.* are the arguments of lightning.Trainer, by their names"
+            found.append(ConfigError(f"trainer.{name} is no argument of lightning.Trainer", rule=rule, fix=hint))
         elif name in OWNED:
-            found.append(ConfigError(f"trainer.{name} is decided elsewhere", fix=OWNED[name]))
+            rule = "what follows from other sections has one owner"
+            found.append(ConfigError(f"trainer.{name} is decided elsewhere", rule=rule, fix=OWNED[name]))
         else:
             try:
                 TypeAdapter(argument_type(arguments[name])).validate_python(value)
             except ValidationError:
                 rule = f"{name}: {arguments[name]}, an argument of lightning.Trainer"
-                found.append(ConfigError(f"trainer.{name}={shown(value)} does not fit", rule=rule))
+                fix = f"leave trainer.{name} out for lightning's default"
+                found.append(ConfigError(f"trainer.{name}={shown(value)} does not fit", rule=rule, fix=fix))
     return found

@@ -42,13 +42,19 @@ def _problem(key: str, field: str, model: type[BaseModel], detail: ErrorDetails)
     if detail["type"] == "extra_forbidden":
         section = key.rpartition(".")[0]
         hint = did_you_mean(field, model.model_fields)
-        return ConfigError(f"{key} is no key of {section!r}", fix=hint)
+        rule = f"keys of {section}: {', '.join(model.model_fields)}"
+        return ConfigError(f"{key} is no key of {section!r}", rule=rule, fix=hint)
     if not field:
-        return ConfigError(f"{key}: {_own_words(detail)}")
+        return ConfigError(
+            f"{key}: {_own_words(detail)}",
+            rule=f"keys of {key} fit together",
+            fix=f"change one of them, or leave it out: `qtrain fit --help` has the defaults of {key}.*",
+        )
     info, value = model.model_fields[field], detail["input"]
     inner = section_of(info)
     if inner is not None and isinstance(value, BaseModel | dict):
-        return ConfigError(f"{key}: {_own_words(detail)}", rule=info.description)
+        fix = f"change one of its keys, or leave it out: `qtrain fit --help` has the defaults of {key}.*"
+        return ConfigError(f"{key}: {_own_words(detail)}", rule=info.description, fix=fix)
     if inner is not None:
         own = "format" if "format" in inner.model_fields else next(iter(inner.model_fields))
         return ConfigError(f"{key}={value!r} is a section", rule=info.description, fix=f"{key}.{own}={shown(value)}")
@@ -62,6 +68,8 @@ def _problem(key: str, field: str, model: type[BaseModel], detail: ErrorDetails)
 def _own_words(detail: ErrorDetails) -> str:
     if detail["type"] == "value_error":
         return str(detail["msg"]).removeprefix("Value error, ")
+    if detail["type"] == "missing":
+        return "too few values"
     if detail["type"] in ("float_parsing", "float_type"):
         return "not a number"
     if detail["type"] in ("int_parsing", "int_type", "int_from_float"):

@@ -9,7 +9,7 @@ from pathlib import Path
 from qtrain.data.config import DataSection
 from qtrain.data.formats.record import Content, Document, Fields
 from qtrain.data.formats.registry import FORMATS, Format
-from qtrain.data.reading import Record, read
+from qtrain.data.reading import MEND, Record, read
 from qtrain.data.sources import TEXT_SUFFIXES, Location, TokenDirectory
 from qtrain.errors import DataError
 
@@ -40,7 +40,10 @@ def read_contents(
     if isinstance(location, Path) and location.suffix.lower() in TEXT_SUFFIXES:
         if section.format not in ("auto", "text"):
             raise DataError(
-                f"data.format={section.format} cannot read plain text", where=str(location), fix="data.format=auto"
+                f"data.format={section.format} cannot read plain text",
+                where=str(location),
+                rule="a file of plain text is one document, without fields",
+                fix="data.format=auto",
             )
         for record in read(location, split=split, whole=whole, start=start):
             yield Item(Document(record.fields["text"], ends=record.fields["ends"]), record.where)
@@ -60,7 +63,7 @@ def _in_format(records: Iterable[Record], section: DataSection) -> Iterator[Item
                 raise _misfit(name, layout, fields, mixed=section.format == "auto")
             yield Item(layout.read(fields), record.where)
         except DataError as error:
-            raise DataError(error.what, where=record.where, rule=error.rule, fix=error.fix) from None
+            raise DataError(error.what, where=record.where, rule=error.rule, fix=error.fix or MEND) from None
 
 
 def _renamed(fields: Fields, columns: dict[str, str]) -> Fields:

@@ -48,7 +48,8 @@ def prepare(locations: list[Location], encoder: Encoder, *, split: str, packing:
                 store.append(sample)
         for location, manifest in opened:
             task = bar.add_task(f"reading {split}", total=len(manifest.shards))
-            for _ in add_shards(location, manifest, store, tally, encoder.section.max_length):
+            vocabulary = max(encoder.tokenizer.get_vocab().values()) + 1
+            for _ in add_shards(location, manifest, store, tally, encoder.section.max_length, vocabulary):
                 bar.advance(task)
     check_samples(store, tally, locations, split)
     lengths = store.lengths
@@ -63,7 +64,12 @@ def read_items(locations: list[Location], encoder: Encoder, *, split: str) -> li
         before = len(items)
         items += read_contents(location, encoder.section, split=split)
         if len(items) == before:
-            raise DataError("no samples", where=str(location), rule="a source holds at least one sample")
+            raise DataError(
+                "no samples",
+                where=str(location),
+                rule="a source holds at least one sample",
+                fix=f"another file as data.{split}, or null for none",
+            )
     return items
 
 
@@ -79,7 +85,9 @@ def check_samples(store: SampleStore, tally: Tally, locations: Iterable[Location
             rule="data.train_on=assistant trains assistant turns, within data.max_length, that are not masked",
             fix="a longer data.max_length, or data.train_on=all",
         )
-    raise DataError("no text", where=named, rule="a sample has at least two tokens")
+    raise DataError(
+        "no text", where=named, rule="a sample has at least two tokens", fix=f"longer texts as data.{split}"
+    )
 
 
 def describe(

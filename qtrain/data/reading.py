@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets.arrow_dataset import Dataset
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.exceptions import DatasetNotFoundError
 from datasets.iterable_dataset import IterableDataset
 from datasets.load import load_dataset
 
@@ -20,6 +20,8 @@ from qtrain.errors import DataError
 
 # Of a stream of plain text; a piece ends at the next end of line. 1 MiB is about 250,000 tokens.
 PIECE = 1 << 20
+JSON = "an array of objects, or one object a line"
+MEND = "correct that sample, or take it out of the file"
 
 
 @dataclass(frozen=True)
@@ -95,11 +97,9 @@ def _read_json(path: Path) -> Iterator[Record]:
 def _record(path: Path, number: int, line: int, text: str) -> Record:
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(
-            f"this line is no JSON: {error.msg} at column {error.colno}",
-            where=f"{path}:{line} (sample {number})",
-            rule="an array of objects, or one object a line",
+            f"this line is no JSON: {_reason(error)}", where=f"{path}:{line} (sample {number})", rule=JSON, fix=MEND
         ) from None
     return Record(_fields(value, path, number, line), str(path), number, line)
 
@@ -122,11 +122,10 @@ def _read_array(path: Path, text: str) -> Iterator[Record]:
         number += 1
         try:
             value, at = decoder.raw_decode(text, at)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
+            place = getattr(error, "lineno", line)
             raise DataError(
-                f"no JSON: {error.msg} at column {error.colno}",
-                where=f"{path}:{error.lineno} (sample {number})",
-                rule="an array of objects, or one object a line",
+                f"no JSON: {_reason(error)}", where=f"{path}:{place} (sample {number})", rule=JSON, fix=MEND
             ) from None
         yield Record(_fields(value, path, number, line), str(path), number, line)
 
@@ -136,9 +135,17 @@ def _fields(value: object, path: Path, number: int, line: int) -> Mapping[str, A
         raise DataError(
             f"a sample is an object, here is {json.dumps(value)[:60]}",
             where=f"{path}:{line} (sample {number})",
-            rule="an array of objects, or one object a line",
+            rule=JSON,
+            fix=MEND,
         )
     return value
+
+
+def _reason(error: Exception) -> str:
+    """Of the parser: also for numbers of thousands of digits, and for arrays in arrays that its stack cannot hold."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at column {error.colno}"
+    return "values lie too deep in one another" if isinstance(error, RecursionError) else str(error)
 
 
 def _read_table(path: Path, start: int) -> Iterator[Record]:
@@ -148,8 +155,16 @@ def _read_table(path: Path, start: int) -> Iterator[Record]:
         rows = load_dataset(kind, data_files=str(path), split="train", streaming=True)
         for number, row in enumerate(rows.skip(start) if start else rows, start=start + 1):
             yield Record(row, str(path), number)
-    except (ValueError, DatasetGenerationError) as error:
-        raise DataError(f"not a readable {kind} file: {error}", where=str(path)) from None
+    except DataError:
+        raise
+    except Exception as error:  # pyarrow and pandas raise anything from OSError to NotImplementedError on damaged bytes
+        reason = " ".join(str(error).split())[:400] or type(error).__name__
+        raise DataError(
+            f"not a readable {kind} file: {reason}",
+            where=str(path),
+            rule="a table with a row for each sample, whole",
+            fix=f"write it again: datasets.Dataset.from_list(samples).to_{kind}({path.name!r})",
+        ) from None
 
 
 def _read_hub(hub: HubSet, split: str, start: int, *, streaming: bool) -> Iterator[Record]:
@@ -171,4 +186,5 @@ def _read_hub(hub: HubSet, split: str, start: int, *, streaming: bool) -> Iterat
 
 
 def _not_utf8(path: Path, error: UnicodeDecodeError) -> DataError:
-    return DataError(f"byte {error.start} is not UTF-8", where=str(path), fix="save the file as UTF-8")
+    rule, fix = "text is read as UTF-8", "save the file as UTF-8"
+    return DataError(f"byte {error.start} is not UTF-8", where=str(path), rule=rule, fix=fix)

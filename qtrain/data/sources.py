@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from qtrain.data.config import DataSection
 from qtrain.data.tokens.manifest import NAME, has_manifest, read_complete
 from qtrain.errors import DataError, QtrainError
 from qtrain.package_files import PREFIX, package_file
+from qtrain.paths import unreachable
 
 SPLITS = ("train", "validation", "test", "predict")
 TEXT_SUFFIXES = (".txt", ".text", ".md")
@@ -55,14 +57,33 @@ def locate(entry: str) -> list[Location]:
     Errors: QtrainError.
     """
     path = package_file(entry) if entry.startswith(PREFIX) else Path(entry).expanduser()
+    if reason := unreachable(path):
+        raise DataError(
+            f"it cannot be looked at: {reason}",
+            where=entry[:100],
+            rule="a file, a directory, package:NAME/FILE or a hub id",
+            fix="check the path; several files are a list: [FILE,FILE]",
+        )
     if path.is_dir():
         return [TokenDirectory(path)] if has_manifest(path) else list(_files_in(path))
     if path.is_file():
         return [_checked(path)]
+    if os.path.lexists(path):
+        raise DataError(
+            "neither a file nor a directory",
+            where=entry,
+            rule="data is read more than once: no pipe, no device, no link to nothing",
+            fix="write it to a file first",
+        )
     hub = _HUB_ID.fullmatch(entry)
     looks_local = _FILE_LIKE.search(path.name) or (path.parent != Path() and path.parent.is_dir())
     if hub is None or looks_local or entry.startswith("."):
-        raise DataError("no such file or directory", where=entry, fix=_near(path))
+        raise DataError(
+            "no such file or directory",
+            where=entry,
+            rule="a file, a directory, package:NAME/FILE or a hub id",
+            fix=_near(path),
+        )
     return [HubSet(hub["name"], hub["config"], hub["split"])]
 
 
@@ -77,7 +98,10 @@ def check_sources(section: DataSection) -> list[DataError]:
     errors = []
     for split in SPLITS:
         source = getattr(section, split)
-        for entry in [source] if isinstance(source, str) else source or []:
+        if source is not None and not source:
+            rule = "a file, a directory, package:NAME/FILE or a hub id"
+            errors.append(DataError("it names nothing", where=f"data.{split}", rule=rule, fix=f"data.{split}=null"))
+        for entry in [source] if isinstance(source, str) and source else source or []:
             try:
                 for location in locate(entry):
                     _check_use(location, split, section)
@@ -123,10 +147,15 @@ def _files_in(directory: Path) -> list[Path]:
     )
     below = next((file.parent for file in files if file.name == NAME and has_manifest(file.parent)), None)
     if below:
-        raise DataError("token shards lie in a directory below", where=str(directory), fix=f"name that one: {below}")
+        rule = "a directory is token shards, or files of text and chats"
+        fix = f"name that one: {below}"
+        raise DataError("token shards lie in a directory below", where=str(directory), rule=rule, fix=fix)
     if not files:
         raise DataError(
-            "the directory has no data files", where=str(directory), rule="data files end in " + ", ".join(SUFFIXES)
+            "the directory has no data files",
+            where=str(directory),
+            rule="data files end in " + ", ".join(SUFFIXES),
+            fix="another directory, or a file in it by its name",
         )
     return [_checked(file) for file in files]
 
@@ -134,10 +163,18 @@ def _files_in(directory: Path) -> list[Path]:
 def _checked(path: Path) -> Path:
     if path.suffix.lower() not in SUFFIXES:
         raise DataError(
-            f"unknown suffix {path.suffix!r}", where=str(path), rule="data files end in " + ", ".join(SUFFIXES)
+            f"unknown suffix {path.suffix!r}",
+            where=str(path),
+            rule="data files end in " + ", ".join(SUFFIXES),
+            fix="a name that says what it holds; pickle is never read",
         )
     if path.stat().st_size == 0:
-        raise DataError("the file is empty", where=str(path), rule="a data file holds at least one sample")
+        raise DataError(
+            "the file is empty",
+            where=str(path),
+            rule="a data file holds at least one sample",
+            fix="write it again, or name another one",
+        )
     return path
 
 

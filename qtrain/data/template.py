@@ -17,6 +17,8 @@ from qtrain.data.formats.record import Conversation, Turn
 from qtrain.errors import DataError
 
 log = logging.getLogger(__name__)
+RULE = "data.chat_template is chatml, or a file with a Jinja template in UTF-8"
+FIX = "data.chat_template=chatml, or without it the tokenizer's own"
 
 
 class ChatTemplate:
@@ -55,9 +57,10 @@ class ChatTemplate:
         tools = list(conversation.tools) if self._takes_tools and conversation.tools else None
         try:
             return self.tokenizer.apply_chat_template(messages, tools=tools, chat_template=self.source, **options)
-        except jinja2.TemplateError as error:
+        except Exception as error:  # what a template computes may raise anything, a division by zero too
+            reason = (error.message if isinstance(error, jinja2.TemplateError) else None) or repr(error)
             raise DataError(
-                f"the chat template refuses the conversation: {error.message}",
+                f"the chat template refuses the conversation: {reason}",
                 rule="roles here: " + ", ".join(turn.role for turn in conversation.turns),
                 fix="data.chat_template=chatml takes any order of roles",
             ) from None
@@ -133,7 +136,10 @@ def _read_jinja(path: Path) -> str:
         # The tag {% generation %} is an extension of transformers, unknown to plain Jinja.
         jinja2.Environment(autoescape=True).parse(re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", source))
     except FileNotFoundError:
-        raise DataError("no such file", where=f"data.chat_template={path}", fix="data.chat_template=chatml") from None
+        raise DataError("no such file", where=f"data.chat_template={path}", rule=RULE, fix=FIX) from None
     except jinja2.TemplateSyntaxError as error:
-        raise DataError(f"no Jinja template: {error.message}", where=f"{path}:{error.lineno}") from None
+        where = f"{path}:{error.lineno}"
+        raise DataError(f"no Jinja template: {error.message}", where=where, rule=RULE, fix=FIX) from None
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
+        raise DataError(f"no Jinja template: {error}", where=str(path), rule=RULE, fix=FIX) from None
     return source

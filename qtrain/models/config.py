@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from qtrain.section import Section
 
@@ -34,5 +34,14 @@ class ModelSection(Section):
         "auto", description="liger-kernel's norm, RoPE and SwiGLU where it is installed and there is a GPU"
     )
     trust_remote_code: bool = Field(False, description="run code that comes with the model; off unless asked for")
+
+    @model_validator(mode="after")
+    def _no_kernel_of_the_hub(self) -> ModelSection:
+        if "/" in self.attention and not self.trust_remote_code:
+            raise ValueError(
+                f"attention={self.attention} is compiled code, which transformers would download: with "
+                "model.trust_remote_code=true it does"
+            )
+        return self
 
     _fp16 = field_validator("dtype", mode="before")(refuse_fp16)

@@ -10,6 +10,7 @@ from typing import Literal
 from qtrain.errors import ModelError
 from qtrain.models.config import ModelSection
 from qtrain.package_files import PREFIX, package_file
+from qtrain.paths import unreachable
 from qtrain.registry import did_you_mean
 
 HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
@@ -39,8 +40,18 @@ def find_model(section: ModelSection) -> ModelSource:
     """
     name = section.path
     if not name:
-        raise ModelError("model.path is not set", fix="model.path=HUB_ID, a directory, or a .gguf file")
+        raise ModelError(
+            "model.path is not set",
+            rule="each run begins with a model",
+            fix="model.path=HUB_ID, a directory, or a .gguf file",
+        )
     path = package_file(name) if name.startswith(PREFIX) else Path(name).expanduser()
+    if reason := unreachable(path):
+        raise ModelError(
+            f"model.path={name[:100]} cannot be looked at: {reason}",
+            rule="a hub id, a directory, or a .gguf file",
+            fix="check the path",
+        )
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(
@@ -54,17 +65,25 @@ def find_model(section: ModelSection) -> ModelSource:
             if len(files := list(path.glob("*.gguf"))) == 1:
                 return ModelSource("gguf", str(files[0]))
             raise ModelError(
-                f"model.path={name} has no config.json", rule="a model directory holds config.json, or one .gguf file"
+                f"model.path={name} has no config.json",
+                rule="a model directory holds config.json, or one .gguf file",
+                fix="model.path=THE_FILE, where there are several .gguf files" if files else "the directory that does",
             )
         if not list(path.glob("*.safetensors")):
             pickles = [file.name for file in path.glob("*.bin")]
             raise ModelError(
                 f"model.path={name} has no *.safetensors" + (f", only {pickles[0]}" if pickles else ""),
                 rule="weights are read from safetensors alone: pickle files run code",
-                fix="convert it once with safetensors" if pickles else None,
+                fix="where you trust them: AutoModelForCausalLM.from_pretrained(PATH).save_pretrained(DIRECTORY)"
+                if pickles
+                else "the directory that holds the weights, or download it again",
             )
         return ModelSource("directory", str(path))
     if HUB_ID.match(name) and path.suffix not in (".gguf", ".safetensors", ".bin") and not name.startswith("."):
         return ModelSource("hub", name)
     near = [str(entry) for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    raise ModelError(f"model.path={name} does not exist", fix=did_you_mean(name, near) if near else "check the path")
+    raise ModelError(
+        f"model.path={name} does not exist",
+        rule="a hub id (ORG/NAME), a directory, or a .gguf file",
+        fix=did_you_mean(name, near) if near else "check the path",
+    )

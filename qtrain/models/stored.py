@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from qtrain.models.config import ModelSection
 from qtrain.models.load import unreadable
 from qtrain.models.quantized.header import read_header
-from qtrain.models.quantized.skeleton import empty_model, plain_config
+from qtrain.models.quantized.skeleton import empty_model, plain_config, restore_generation
 from qtrain.models.quantized.tensors import TensorFiles
 from qtrain.models.source import find_model
 
@@ -42,8 +42,7 @@ class StoredWeights(Mapping[str, Tensor]):
         missing = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {*self._files, *absent}
         if missing:
             model.tie_weights(missing_keys=set(missing), recompute_mapping=False)
-        if (directory / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(directory)
+        restore_generation(model, directory)
         places: dict[int, str] = {}
         self._names: dict[str, str] = {}
         self._in_fp32 = [

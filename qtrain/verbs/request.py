@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from omegaconf import DictConfig
+
 from qtrain.config.compose import load_recipe, parse_overrides
 from qtrain.config.schema import Config, RunConfig, VisionConfig
 from qtrain.data.sources import check_sources
 from qtrain.errors import CheckpointError, ErrorList, QtrainError
 from qtrain.export.locations import ExportLocation, find_exports
 from qtrain.models.source import find_model
+from qtrain.paths import unreachable
 from qtrain.training.run_directory import RunDirectory
 from qtrain.verbs.table import VERBS, Verb
 from qtrain.vision.files import find_files, find_weights
@@ -55,13 +58,14 @@ def read_request(verb: str, words: Sequence[str]) -> Request:
     paths = [word for word in words if judges and word.startswith("model.path=")]
     overrides = [word for word in words if not word.startswith("recipe=") and word not in paths]
     given = parse_overrides(overrides)
-    run_section = given.get("run") or {}
+    run_section = given.get("run")
     recipe: str | Path | None = recipes[-1] if recipes else None
-    directory = run_section.get("dir") if hasattr(run_section, "get") else None
-    if recipe is None and directory and (Path(directory) / "config.yaml").is_file():
-        recipe = Path(directory) / "config.yaml"
+    directory = run_section.get("dir") if isinstance(run_section, DictConfig) else None
+    if recipe is None and isinstance(directory, str) and not unreachable(beside := Path(directory) / "config.yaml"):
+        recipe = beside if beside.is_file() else None
     config = load_recipe(recipe, *overrides)
-    other_model = recipe is not None and "path" in (given.get("model") or {})
+    model = given.get("model")
+    other_model = recipe is not None and isinstance(model, DictConfig) and "path" in model
     return Request(config, RunDirectory.of(config, default_name=verb), other_model, _paths(paths))
 
 
@@ -116,7 +120,13 @@ def _check_language_inputs(config: Config, splits: Sequence[str]) -> None:
     errors.extend(check_sources(data.model_copy(update=kept)))
     for split in splits:
         if getattr(data, split) is None and not (split == "validation" and "train" in splits):
-            errors.append(QtrainError(f"data.{split} is not set", fix=f"data.{split}=FILE, a directory or a hub id"))
+            errors.append(
+                QtrainError(
+                    f"data.{split} is not set",
+                    rule="text, chats or token shards to work on",
+                    fix=f"data.{split}=FILE, a directory or a hub id",
+                )
+            )
     try:
         config.distill.check_streaming("train" in splits and data.streaming)
     except QtrainError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qtrain.data.formats.record import Conversation, Fields, Turn, list_of, text_of, tools_of
+from qtrain.data.formats.record import Conversation, Fields, Turn, checked, list_of, text_of, tools_of
 from qtrain.data.formats.registry import Format
 from qtrain.errors import DataError
 
@@ -51,7 +51,7 @@ def _part(part: Any) -> str:
             "a part of 'content' is not text",
             rule='parts are {"type": "text", "text": ...}; a text model reads no other',
         )
-    return text
+    return checked(text, "content")
 
 
 def _trained(message: Fields) -> bool:

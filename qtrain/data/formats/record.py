@@ -47,7 +47,20 @@ def text_of(fields: Fields, key: str) -> str:
     value = fields[key]
     if not isinstance(value, str):
         raise DataError(f"{key!r} is {_kind(value)}", rule=f"{key!r} must be a string")
-    return value
+    return checked(value, key)
+
+
+def checked(text: str, key: str) -> str:
+    """The text; half a surrogate pair, which JSON can hold and no tokenizer takes, is a DataError."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{key!r} holds half a character at {error.start}: {text[error.start]!r}",
+            rule="text is Unicode: a surrogate comes with its other half",
+            fix="text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace') writes it whole",
+        ) from None
+    return text
 
 
 def list_of(fields: Fields, key: str) -> list[Fields]:
@@ -66,7 +79,7 @@ def tools_of(fields: Fields) -> tuple[Any, ...]:
         return ()
     try:
         tools = json.loads(value) if isinstance(value, str) else value
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"'tools' is not JSON: {error}", rule="a list of tool schemas") from None
     return tuple(tools) if isinstance(tools, list) else (tools,)
 

@@ -28,7 +28,7 @@ class Shard(Record):
         entropy: mean over the sampled tokens of the entropy of the distribution each was drawn from, in nats.
     """
 
-    file: str
+    file: str = Field(pattern=r"^tokens-[0-9]{5,}\.npy$")
     rows: int = Field(ge=1)
     sha256: str
     entropy: float | None = None
@@ -79,7 +79,7 @@ def has_manifest(directory: Path) -> bool:
         return False
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(content, dict) and content.get("format") == FORMAT
 
@@ -100,6 +100,7 @@ def read_manifest(directory: Path) -> Manifest:
             f"{place}: {detail['msg']}",
             where=str(path),
             rule="a manifest of version 1, as `qtrain generate-data` wrote it",
+            fix=f"delete {directory} and call `qtrain generate-data` again",
         ) from None
 
 
@@ -114,6 +115,7 @@ def read_complete(directory: Path) -> Manifest:
         raise DataError(
             "the token shards are not complete",
             where=str(directory),
+            rule="a set is trained on whole",
             fix="`qtrain generate-data` as before goes on; a smaller generate_data.tokens takes what is there",
         )
     return manifest

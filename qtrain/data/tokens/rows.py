@@ -34,11 +34,17 @@ def open_tokens(location: TokenDirectory, tokenizer_size: int) -> Manifest:
 
 
 def add_shards(
-    location: TokenDirectory, manifest: Manifest, store: SampleStore, tally: Tally, max_length: int
+    location: TokenDirectory, manifest: Manifest, store: SampleStore, tally: Tally, max_length: int, vocabulary: int
 ) -> Iterator[None]:
     """Put all rows into ``store``, each token with loss but the first of a row; yields after each shard.
 
     A row longer than ``max_length`` becomes several samples; a rest of one token predicts nothing and is left out.
+
+    Args:
+        vocabulary: ids lie below it.
+
+    Raises:
+        DataError: they do not, or a file is not what was written.
     """
     length = manifest.origin.length
     parts = np.diff([*range(0, length, max_length), length])
@@ -46,6 +52,13 @@ def add_shards(
     parts = parts[parts > 1]
     for ids in read_shards(location.path, manifest):
         rows = len(ids)
+        if ids.max(initial=0) >= vocabulary:
+            raise DataError(
+                f"an id of {ids.max()}",
+                where=str(location),
+                rule=f"ids of this tokenizer lie below {vocabulary}",
+                fix="`qtrain generate-data` with this model.path",
+            )
         store.extend(ids[:, :kept], np.tile(parts, rows))
         tally.lengths += [length] * rows
         tally.split_documents += rows * (length > max_length)

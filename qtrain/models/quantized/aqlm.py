@@ -49,7 +49,12 @@ def load(
     chosen = {} if attention == "auto" else {"attn_implementation": attention}
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, use_safetensors=True, device_map={"": device}, **chosen
+            directory,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            device_map={"": device},
+            **chosen,
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(" ".join(str(error).split())[:400], where=str(directory)) from None

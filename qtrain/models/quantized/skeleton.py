@@ -24,10 +24,18 @@ def plain_config(directory: Path) -> PretrainedConfig:
         ModelError: config.json is none, or of an architecture that transformers does not know.
     """
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(directory)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:400]
-        raise ModelError(f"it is no configuration of a model: {reason}", where=str(directory / "config.json")) from None
+        # Left open, transformers asks the terminal whether to run the code that comes with a model.
+        config: PretrainedConfig = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # which code reads it is in the file itself: it raises anything
+        reason = " ".join(str(error).split())
+        raise ModelError(
+            f"it is no configuration of a model: {reason[:400]}",
+            where=str(directory / "config.json"),
+            rule="an architecture that transformers knows, in sizes that fit together",
+            fix="read that code, then model.trust_remote_code=true"
+            if "trust_remote_code" in reason
+            else "download the file again, or a newer transformers",
+        ) from None
     for key in ("quantization_config", "compression_config"):
         if hasattr(config, key):
             delattr(config, key)
@@ -39,9 +47,16 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype, attention: str = "
     chosen = {} if attention == "auto" else {"attn_implementation": attention}
     try:
         with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, **chosen)
-    except (ValueError, ImportError) as error:
-        raise ModelError(" ".join(str(error).split())[:400], where=f"model_type {config.model_type}") from None
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=False, **chosen
+            )
+    except Exception as error:  # sizes that fit no layer raise anything
+        raise ModelError(
+            f"{type(error).__name__}: {' '.join(str(error).split())[:400]}",
+            where=f"model_type {config.model_type}",
+            rule="an architecture that transformers knows, in sizes that fit together",
+            fix="check config.json, or model.attention=auto",
+        ) from None
     model.eval()
     return model
 
@@ -107,8 +122,27 @@ def load_rest(
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
-    if (directory / "generation_config.json").is_file():
+    restore_generation(model, directory)
+
+
+def restore_generation(model: PreTrainedModel, directory: Path) -> None:
+    """Give the model the defaults of generation_config.json, where there is one.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    path = directory / "generation_config.json"
+    if not path.is_file():
+        return
+    try:
         model.generation_config = GenerationConfig.from_pretrained(directory)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(
+            f"it cannot be read: {' '.join(str(error).split())[:200]}",
+            where=str(path),
+            rule="defaults of `generate` as a JSON object",
+            fix="download it again, or remove it",
+        ) from None
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module | None, str]:

@@ -57,6 +57,7 @@ class TensorFiles:
                 "no *.safetensors",
                 where=str(directory),
                 rule="weights are read from safetensors alone: pickle runs code",
+                fix="the directory that holds the weights, or download it again",
             )
         for path in paths:
             self._open(path)
@@ -75,7 +76,10 @@ class TensorFiles:
             names = file.keys()
         except (OSError, SafetensorError) as error:
             raise ModelError(
-                f"it cannot be read: {error}", where=str(path), fix="download the file again, whole"
+                f"it cannot be read: {error}",
+                where=str(path),
+                rule="safetensors: a header that describes the bytes after it, all of them",
+                fix="download the file again, whole",
             ) from None
         places = _places(path)
         for name in names:
@@ -173,10 +177,14 @@ def _read_ahead(path: Path, first: int, length: int) -> None:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
+    fix = "download the directory again"
     try:
-        found: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"it is no index of shards: {error!r}", where=str(index)) from None
-    if outside := [name for name in found.values() if Path(name).name != name]:
-        raise ModelError(f"shard {outside[0]!r}", where=str(index), rule="shards lie beside their index")
+        found: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        outside = [name for name in found.values() if Path(name).name != name or not name.endswith(".safetensors")]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        rule = "weight_map: the name of each tensor to that of its file"
+        raise ModelError(f"it is no index of shards: {error!r}", where=str(index), rule=rule, fix=fix) from None
+    if outside:
+        rule = "shards are safetensors that lie beside their index"
+        raise ModelError(f"shard {outside[0]!r}", where=str(index), rule=rule, fix=fix)
     return found
