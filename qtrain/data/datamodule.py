@@ -16,7 +16,7 @@ from qtrain.data.encoding import Encoder, Tally
 from qtrain.data.loader import ResumableLoader, RowLoader
 from qtrain.data.numbered_rows import NumberedRows
 from qtrain.data.preparation import Split, check_samples, describe, prepare, read_items
-from qtrain.data.progress import Progress, progress_of, settle_epoch
+from qtrain.data.progress import Progress, settle_epoch
 from qtrain.data.prompts import Prompt, prompt_of
 from qtrain.data.sample import Sample, SampleStore
 from qtrain.data.sources import SPLITS, locate_all
@@ -69,7 +69,7 @@ class LanguageData(lightning.LightningDataModule):
         progress = None
         if self.trainer and self.trainer.state.fn == TrainerFn.FITTING:
             settle_epoch(self.trainer, sized=self._stream is None)
-            progress = progress_of(self.trainer)
+            progress = Progress(self.trainer)
         if self._stream is None:
             return self._loader("train", shuffle=self.section.shuffle, progress=progress)
         return StreamLoader(

@@ -23,12 +23,14 @@ class ResumableLoader(ABC):
 
     Args:
         identity: what must be the same for a position to mean the same, by name.
+        size: rows of a batch of all ranks together. It may change: batch k holds rows k * size to (k + 1) * size of the
+            epoch's order, however many ranks share them.
         progress: who knows what has been trained on. A loader can only count what was fetched, and Lightning fetches
             one batch ahead where there is no length. Without it the loader counts for itself.
     """
 
-    def __init__(self, identity: dict[str, int], progress: Progress | None = None) -> None:
-        self._identity, self._progress = identity, progress
+    def __init__(self, identity: dict[str, int], size: int, progress: Progress | None = None) -> None:
+        self._identity, self._size, self._progress = identity, size, progress
         self._start = self._position = (0, 0)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -47,12 +49,12 @@ class ResumableLoader(ABC):
     def state_dict(self) -> dict[str, Any]:
         """The position and the identity of the data: plain numbers."""
         epoch, batch = self._progress() if self._progress else self._position
-        return {"epoch": epoch, "batch": batch, "identity": dict(self._identity)}
+        return {"epoch": epoch, "batch": batch, "size": self._size, "identity": dict(self._identity)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Start the next iteration at that position.
 
-        Errors: CheckpointError if data, batch size, seed or the number of ranks are not those of the checkpoint.
+        Errors: CheckpointError if data or seed are not those of the checkpoint, or if it lies within a batch of now.
         """
         saved = state["identity"]
         changed = [key for key in self._identity if saved.get(key) != self._identity[key]]
@@ -60,10 +62,30 @@ class ResumableLoader(ABC):
             facts = ", ".join(f"{key} was {saved.get(key)}, is {self._identity[key]}" for key in changed)
             raise CheckpointError(
                 f"the data is not what the checkpoint was trained on: {facts}",
-                rule="a position in the data means the same only over the same rows, batches, seed and ranks",
-                fix="resume with the data.* keys, run.seed and devices of the first run",
+                rule="a position in the data means the same only over the same rows and seed",
+                fix="resume with the data.* keys and run.seed of the first run",
             )
-        self._start = self._position = (state["epoch"], state["batch"])
+        self._start = self._position = (state["epoch"], self._recounted(state["batch"], state["size"]))
+        if self._progress is not None:
+            self._progress.recount(self._recounted(self._progress()[1], state["size"]))
+
+    def _recounted(self, batches: int, size: int) -> int:
+        """So many batches of ``size`` rows, in batches of now; those of a whole epoch are a whole epoch."""
+        rows = batches * size
+        if self._epoch_rows is not None and rows >= self._epoch_rows:
+            return -(-self._epoch_rows // self._size)
+        if rows % self._size:
+            raise CheckpointError(
+                f"the checkpoint lies {rows} rows into the epoch, within a batch of {self._size}",
+                rule="data.batch_size times the processes must divide the rows that were trained on",
+                fix=f"data.batch_size and trainer.devices whose product divides {rows}, as {size} does",
+            )
+        return rows // self._size
+
+    @property
+    def _epoch_rows(self) -> int | None:
+        """Rows of an epoch, where that is known."""
+        return None
 
 
 class RowLoader(ResumableLoader):
@@ -89,12 +111,10 @@ class RowLoader(ResumableLoader):
         identity = {
             "seed": seed,
             "shuffle": int(shuffle),
-            "batch_size": batch_size,
-            "ranks": world_size,
             "rows": len(rows),
             "checksum": rows.store.checksum(),
         }
-        super().__init__(identity, progress)
+        super().__init__(identity, batch_size * world_size, progress)
         self.rows = rows
         self._batch_size, self._shuffle, self._seed = batch_size, shuffle, seed
         self._workers, self._rank, self._world_size = workers, rank, world_size
@@ -113,6 +133,10 @@ class RowLoader(ResumableLoader):
             # Without a generator of its own a DataLoader draws a seed from the global one, and dropout would notice.
             generator=torch.Generator().manual_seed(self._seed),
         )
+
+    @property
+    def _epoch_rows(self) -> int:
+        return len(self.rows)
 
     def _order(self, epoch: int) -> list[tuple[int, bool]]:
         """Row numbers of this rank in this epoch, and whether they count; those that fill up do not."""

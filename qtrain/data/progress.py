@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import lightning
 
-Progress = Callable[[], tuple[int, int]]
-"""The epoch, and how many of its batches have been trained on."""
 
-
-def progress_of(trainer: lightning.Trainer) -> Progress:
+class Progress:
     """Lightning's own counters: they alone know what was trained on, whatever was fetched ahead or cut by a limit.
 
     ``processed`` rises before ``on_train_batch_end``, where checkpoints are saved, and is what it restores.
     """
-    batches = trainer.fit_loop.epoch_loop.batch_progress.current
-    # Lightning annotates the tracker with a parent class that lacks `processed`.
-    return lambda: (trainer.current_epoch, batches.processed)  # type: ignore[attr-defined]
+
+    def __init__(self, trainer: lightning.Trainer) -> None:
+        self._trainer = trainer
+        self._batches = trainer.fit_loop.epoch_loop.batch_progress.current
+
+    def __call__(self) -> tuple[int, int]:
+        """The epoch, and how many of its batches have been trained on."""
+        # Lightning annotates the tracker with a parent class that lacks `processed`.
+        return self._trainer.current_epoch, self._batches.processed  # type: ignore[attr-defined]
+
+    def recount(self, batches: int) -> None:
+        """The same place in the epoch, where batches have another size than those that were counted."""
+        by = batches - self()[1]
+        self._batches.ready += by
+        self._batches.started += by  # type: ignore[attr-defined]
+        self._batches.processed += by  # type: ignore[attr-defined]
+        self._batches.completed += by
 
 
 def settle_epoch(trainer: lightning.Trainer, *, sized: bool) -> None:

@@ -111,7 +111,7 @@ class StreamLoader(ResumableLoader):
         world_size: int = 1,
         progress: Progress | None = None,
     ) -> None:
-        super().__init__({**stream.identity, "seed": seed, "batch_size": batch_size, "ranks": world_size}, progress)
+        super().__init__({**stream.identity, "seed": seed}, batch_size * world_size, progress)
         self._stream, self._collate, self._batch_size, self._seed = stream, collate, batch_size, seed
         self._workers, self._rank, self._world_size = workers, rank, world_size
         self._cursors: dict[tuple[int, int], Cursor] = {}
@@ -148,7 +148,7 @@ class StreamLoader(ResumableLoader):
         super().load_state_dict(state)
         if state["cursor"]:
             source, record, row = state["cursor"]
-            self._cursors = {(state["epoch"], state["batch"]): (source, record, row)}
+            self._cursors = {self._start: (source, record, row)}
 
 
 class _StreamBatches(IterableDataset[tuple[Batch | QtrainError, Cursor]]):

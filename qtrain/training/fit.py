@@ -30,6 +30,7 @@ from qtrain.models.packed import save_packed
 from qtrain.modules.block_chain import BlockError
 from qtrain.modules.calibrate import start_weights
 from qtrain.report.write import write_report
+from qtrain.training import processes
 from qtrain.training.module import LanguageModule
 from qtrain.training.optimizers import state_bytes
 from qtrain.training.run_directory import RunDirectory
@@ -45,6 +46,7 @@ from qtrain.training.trainer import (
 )
 
 
+@processes.end_together()
 def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
     """Train as ``config`` says and leave everything in ``run``; the figures, as fit.json holds them.
 
@@ -69,8 +71,6 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
         restoring=checkpoint is not None,
     )
     data = LanguageData(config.data, module.tokenizer, seed=config.run.seed)
-    data.setup("fit")
-    say(data.summary.lines(), title="data")
     L.seed_everything(config.run.seed, verbose=False)
     torch.set_float32_matmul_precision(config.run.matmul_precision)
     throughput = Throughput()
@@ -80,19 +80,27 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
         callbacks=[*_callbacks(config, run, module, data, step or 0), throughput],
         default_root_dir=run.path,
     )
+    processes.join(trainer, module, config.trainer)
+    data.setup("fit")
+    say(data.summary.lines(), title="data")
     validated = config.data.validation is not None
     module.trainer = trainer
-    module.build(trainer.strategy.root_device, data)
-    assert module.model is not None
-    # Only now that data and model are known to be good does an earlier run give way.
-    sweep(run.path)
-    if checkpoint is None:
-        run.clear()
-        if module.method.keeps_base:
-            save_packed(module.method.plain_model(module.model), run.base)
-            shutil.rmtree(run.scratch, ignore_errors=True)
-    save_config(config, run.config)
-    write_json(run.result("data"), data.summary.to_dict())
+    # Codes that a start chose are those of rank 0: the others read them.
+    with processes.one_after_zero(module.method.keeps_base and checkpoint is None):
+        if processes.rank() and module.method.keeps_base:
+            module.read_packed(run.kept_base())
+        module.build(trainer.strategy.root_device, data)
+        assert module.model is not None
+        if trainer.is_global_zero:
+            sweep(run.path)
+            # Only now that data and model are known to be good does an earlier run give way.
+            if checkpoint is None:
+                run.clear()
+                if module.method.keeps_base:
+                    save_packed(module.method.plain_model(module.model), run.base)
+                    shutil.rmtree(run.scratch, ignore_errors=True)
+            save_config(config, run.config)
+            write_json(run.result("data"), data.summary.to_dict())
     own = read_checkpoint(str(checkpoint)).get(KEY, {}) if checkpoint else {}
     trainer.loggers = loggers(config, run.path, step, own.get("row"))
     state = state_bytes((p for p in module.model.parameters() if p.requires_grad), config.optimizer)
@@ -117,8 +125,10 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
         if module.block_errors:
             say(block_lines(module.block_errors), title="blocks")
         before = _held_out(trainer, module, data) if validated else {}
-    if checkpoint is None:
-        write_json(run.result("baselines"), {"baselines": baselines, "before": before})
+        if trainer.is_global_zero:
+            write_json(run.result("baselines"), {"baselines": baselines, "before": before})
+    processes.agree(module.model)
+    processes.seed_apart(config.run.seed)
     say(f"to {goal(trainer)}, from {f'step {step}' if checkpoint else 'the start'}", title="training")
     trained_from = time.monotonic()
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)

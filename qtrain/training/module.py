@@ -105,6 +105,10 @@ class LanguageModule(L.LightningModule):
             fingerprint(find_model(self.config.model), self.config.model.revision) if self.config.model.path else None
         )
 
+    def read_packed(self, directory: Path) -> None:
+        """Take the packed base there instead of quantizing one."""
+        self._packed = directory
+
     def configure_model(self) -> None:
         """Load, quantize, add what trains: once, on the device of the strategy."""
         if self.model is not None:

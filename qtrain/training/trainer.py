@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -16,6 +17,7 @@ from qtrain.callbacks.trainable_checkpoint import TrainableCheckpoint
 from qtrain.config.schema import Config, RunConfig
 from qtrain.errors import ConfigError
 from qtrain.models.dtype import resolve_dtypes
+from qtrain.training.processes import started_by
 from qtrain.training.run_directory import RunDirectory
 
 
@@ -55,6 +57,9 @@ def trainer_arguments(config: RunConfig, **preferred: Any) -> dict[str, Any]:
         "enable_progress_bar": sys.stderr.isatty(),
         "use_distributed_sampler": False,  # the data modules take the rank's share themselves
     }
+    started = started_by(os.environ)
+    if started is not None:
+        defaults |= {"devices": started[0], "num_nodes": started[1]}
     return {**defaults, **preferred, **given, "precision": precision}
 
 

@@ -84,8 +84,8 @@ class TrainingBatches(ResumableLoader):
         world_size: int = 1,
         progress: Progress | None = None,
     ) -> None:
-        identity = {"seed": seed, "batch_size": batch_size, "augment": int(augment), "ranks": world_size}
-        super().__init__(identity | {"images": len(images), "checksum": images.checksum()}, progress)
+        identity = {"seed": seed, "augment": int(augment), "images": len(images), "checksum": images.checksum()}
+        super().__init__(identity, batch_size * world_size, progress)
         self._normalization, self._labels = normalization, images.labels
         self._height, self._width = images.pixels.shape[1:]
         self._padding = PADDING if augment else 0

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
-from qtrain.data.progress import progress_of, settle_epoch
+from qtrain.data.progress import Progress, settle_epoch
 from qtrain.errors import DataError
 from qtrain.vision.batches import EvaluationBatches, Images, Normalization, TrainingBatches
 from qtrain.vision.config import VisionDataSection
@@ -69,7 +69,7 @@ class ImageData(L.LightningDataModule):
         progress = None
         if self.trainer and self.trainer.state.fn == TrainerFn.FITTING:
             settle_epoch(self.trainer, sized=True)
-            progress = progress_of(self.trainer)
+            progress = Progress(self.trainer)
         return TrainingBatches(
             self.splits["train"].to(self._device),
             self._normalization,

@@ -182,12 +182,39 @@ def test_other_data_is_refused(chats: Path, tiny_tokenizer: PreTrainedTokenizerF
         return data.train_dataloader()
 
     state = loader(chats).state_dict()
-    with pytest.raises(CheckpointError, match="batch_size was 4, is 3"):
-        loader(chats, batch_size=3).load_state_dict(state)
+    with pytest.raises(CheckpointError, match="seed was 0, is 1"):
+        other = LanguageData(DataSection(train=str(chats), max_length=64), tiny_tokenizer, seed=1)
+        other.setup("fit")
+        other.train_dataloader().load_state_dict(state)
     edited = tmp_path / "edited.jsonl"
     edited.write_text(chats.read_text().replace("fox", "dog"))
     with pytest.raises(CheckpointError, match="checksum"):
         loader(edited).load_state_dict(state)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_position_holds_for_batches_of_another_size(
+    chats: Path, tiny_tokenizer: PreTrainedTokenizerFast, streaming: bool
+) -> None:
+    def loader(batch_size: int) -> Any:
+        section = DataSection(
+            train=str(chats), max_length=64, batch_size=batch_size, streaming=streaming, packing=False
+        )
+        data = LanguageData(section, tiny_tokenizer)
+        data.setup("fit")
+        return data.train_dataloader()
+
+    def labels(batches: Any) -> list[list[int]]:
+        return [[x for x in row if x != -100] for batch in batches for row in batch["labels"].tolist()]
+
+    one = loader(2)
+    iterator = iter(one)
+    begun = labels([next(iterator), next(iterator)])
+    other = loader(4)
+    other.load_state_dict(one.state_dict())
+    assert begun + labels(other) == labels(loader(2))
+    with pytest.raises(CheckpointError, match="4 rows into the epoch, within a batch of 3"):
+        loader(3).load_state_dict(one.state_dict())
 
 
 def test_global_random_state_is_untouched(chats: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
