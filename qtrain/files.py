@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qtrain.errors import QtrainError
+from qtrain.errors import CheckpointError, QtrainError
 from qtrain.storage import told
 
 EXCHANGE = 2
@@ -94,6 +94,28 @@ def write_text(path: Path, text: str) -> None:
     """Write ``text`` as UTF-8, atomically."""
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What ``write_json`` wrote.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = str(error)
+    else:
+        if isinstance(content, dict):
+            return content
+        reason = f"it holds {str(content)[:40]}"
+    raise CheckpointError(
+        f"it cannot be read: {reason}",
+        where=str(path),
+        rule="a file of figures is one JSON object, as qtrain wrote it",
+        fix=f"restore it, or remove it: rm {path}",
+    )
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

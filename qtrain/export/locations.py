@@ -10,6 +10,7 @@ from typing import Any
 
 from qtrain.errors import ExportError
 from qtrain.export.config import FORMATS
+from qtrain.files import read_json
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,12 @@ def find_exports(run_dir: Path, paths: Sequence[str] = ()) -> list[ExportLocatio
         ExportError: there is none, or a directory in no known format.
     """
     written = run_dir / "export.json"
-    recorded = json.loads(written.read_text(encoding="utf-8")) if written.is_file() else {}
-    facts = {Path(its["directory"]).resolve(): (name, its) for name, its in recorded.items() if "directory" in its}
+    recorded = read_json(written) if written.is_file() else {}
+    facts = {
+        Path(its["directory"]).resolve(): (name, its)
+        for name, its in recorded.items()
+        if isinstance(its, dict) and "directory" in its
+    }
     folders = [Path(path) for path in paths] or [
         run_dir / "export",
         *(Path(its["directory"]) for _, its in facts.values()),
@@ -42,7 +47,9 @@ def find_exports(run_dir: Path, paths: Sequence[str] = ()) -> list[ExportLocatio
     for folder in folders:
         if paths and not folder.is_dir():
             raise ExportError(
-                f"model.path={folder} is no directory", fix=f"qtrain verify run.dir={run_dir} takes them all"
+                f"model.path={folder} is no directory",
+                rule="what is verified is an exported directory, or a folder of them",
+                fix=f"qtrain verify run.dir={run_dir} takes them all",
             )
         for directory in _exports_in(folder):
             name, known = facts.get(directory.resolve(), ("", {}))
@@ -54,6 +61,7 @@ def find_exports(run_dir: Path, paths: Sequence[str] = ()) -> list[ExportLocatio
         raise ExportError(
             "no export lies here",
             where=", ".join(map(str, paths)) or str(run_dir / "export"),
+            rule="an export is a directory with config.json, an adapter, safetensors or a .gguf file",
             fix=f"qtrain export run.dir={run_dir}",
         )
     return list(found.values())
@@ -73,12 +81,17 @@ def format_of(directory: Path) -> str:
         return "gguf"
     try:
         header = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("quantization_config")
-    except (OSError, ValueError) as error:
-        raise ExportError(f"config.json cannot be read: {error}", where=str(directory)) from None
-    name = "merged" if header is None else str(header.get("quant_method"))
+        name = "merged" if header is None else str(header.get("quant_method"))
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        rule = "config.json is an object, and quantization_config in it"
+        fix = "export it again"
+        raise ExportError(f"config.json cannot be read: {error}", where=str(directory), rule=rule, fix=fix) from None
     if name not in FORMATS.names():
         raise ExportError(
-            f"quant_method={name!r}", where=str(directory), rule="an export is in one of: " + ", ".join(FORMATS.names())
+            f"quant_method={name!r}",
+            where=str(directory),
+            rule="an export is in one of: " + ", ".join(FORMATS.names()),
+            fix="a directory that qtrain export wrote",
         )
     return name
 

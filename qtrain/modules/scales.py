@@ -17,6 +17,8 @@ from qtrain.modules.packed_identity import packed_identity, packed_layers
 from qtrain.modules.packed_linear import PackedLinear
 
 FILE = "scales.safetensors"
+RULE = "the scales of a task are a safetensors file that save_scales wrote"
+FIX = "RUN/scales of a finished run with method.name=peqa"
 SCALE, ZERO_POINT = ".scale", ".zero_point"
 
 
@@ -72,15 +74,15 @@ def load_scales(path: str | Path, device: torch.device | str = "cpu") -> Scales:
     """
     source = _file(Path(path))
     if not source.is_file():
-        raise CheckpointError("no such file of scales", where=str(source))
+        raise CheckpointError("no such file of scales", where=str(source), rule=RULE, fix=FIX)
     try:
         with safe_open(str(source), framework="pt", device=str(device)) as file:
             base = (file.metadata() or {}).get("base")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
     except SafetensorError as error:
-        raise CheckpointError(f"cannot be read: {error}", where=str(source)) from None
+        raise CheckpointError(f"cannot be read: {error}", where=str(source), rule=RULE, fix=FIX) from None
     if base is None or not all(name.endswith((SCALE, ZERO_POINT)) for name in tensors):
-        raise CheckpointError("this is no file of scales", where=str(source), rule="save_scales writes them")
+        raise CheckpointError("this is no file of scales", where=str(source), rule=RULE, fix=FIX)
     return Scales(tensors, base, str(source))
 
 
@@ -122,6 +124,8 @@ def check_fit(scales: Scales, here: str, layers: Mapping[str, PackedLinear]) -> 
                 f"{name} has scales of shape {list(layer.scale.shape)}, and "
                 f"{'none' if found is None else list(found.shape)} there",
                 where=scales.source,
+                rule="one scale for each group of each packed layer",
+                fix="load the base of their run (RUN/base)",
             )
 
 

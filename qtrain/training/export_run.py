@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,9 @@ from qtrain.export.verify.adapter import check_adapter
 from qtrain.export.verify.files import digests
 from qtrain.export.verify.verdict import Verdict
 from qtrain.export.writer import Writer
-from qtrain.files import write_json
+from qtrain.files import read_json, write_json
 from qtrain.models.load import load_model
+from qtrain.paths import unreachable
 from qtrain.registry import resolve
 from qtrain.report.write import write_report
 from qtrain.training.export_key import export_key
@@ -30,6 +30,9 @@ from qtrain.training.run_directory import RunDirectory
 from qtrain.training.streamed import StreamedRun
 from qtrain.training.tracking import close, log_artifacts, loggers
 from qtrain.training.verify_run import check_written, judge, loaded_export
+
+CARD_TAG = "\n- qtrain\n"
+"""In the model card of every export."""
 
 
 def export_run(config: Config, run: RunDirectory) -> dict[str, Any]:
@@ -43,7 +46,7 @@ def export_run(config: Config, run: RunDirectory) -> dict[str, Any]:
     """
     options = config.export
     directory = Path(options.dir) if options.dir else run.export(options.format)
-    _check_target(directory)
+    _check_target(directory, config)
     reference = _unrun(config, run) or Reference.of(config, run)
     facts = _facts(config, run, reference.lines())
     write = resolve(options.implementation)
@@ -53,6 +56,7 @@ def export_run(config: Config, run: RunDirectory) -> dict[str, Any]:
         if not isinstance(reference.model, PeftModel):
             raise ExportError(
                 f"export.format={options.format} writes PEFT's adapters, and method.name={config.method.name} has none",
+                rule="an adapter is what method.name=qlora trains",
                 fix="export.format=compressed-tensors",
             )
         tokenizer = reference.module.tokenizer
@@ -146,7 +150,7 @@ def _alternative(reference: Reference, base: str) -> dict[str, Any]:
 
 
 def _facts(config: Config, run: RunDirectory, done: list[str]) -> dict[str, Any]:
-    fit = json.loads(run.result("fit").read_text(encoding="utf-8")) if run.result("fit").exists() else {}
+    fit = read_json(run.result("fit")) if run.result("fit").exists() else {}
     shown = {
         "steps": fit.get("steps"),
         "held-out loss before": fit.get("val_loss_before"),
@@ -169,18 +173,28 @@ def _figures(found: Mapping[str, Any]) -> list[dict[str, str]]:
     ]
 
 
-def _check_target(directory: Path) -> None:
-    """An export replaces an export; nothing else."""
-    if directory.exists() and any(directory.iterdir()) and not (directory / "README.md").exists():
+def _check_target(directory: Path, config: Config) -> None:
+    """An export replaces an export of qtrain, which its model card tells; nothing else, and not what is exported."""
+    if reason := unreachable(directory) or _in_the_way(directory, config):
         raise ExportError(
-            "the directory holds something else",
-            where=str(directory),
+            reason,
+            where=str(directory)[:100],
             rule="an export replaces an earlier export alone",
             fix="export.dir=ANOTHER",
         )
 
 
+def _in_the_way(directory: Path, config: Config) -> str | None:
+    if not directory.is_dir():
+        return "a file lies there" if directory.exists() else None
+    if config.model.path and directory.resolve() == Path(config.model.path).expanduser().resolve():
+        return "it is model.path"
+    card = directory / "README.md"
+    ours = card.is_file() and CARD_TAG in card.read_text(encoding="utf-8", errors="replace")
+    return "the directory holds something else" if any(directory.iterdir()) and not ours else None
+
+
 def _record(run: RunDirectory, export_format: str, found: dict[str, Any]) -> None:
     path = run.result("export")
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    known = read_json(path) if path.exists() else {}
     write_json(path, known | {export_format: found})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -12,7 +11,6 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-
 from qtrain.callbacks.checkpoint_files import KEY
 from qtrain.callbacks.samples import SampleGenerations
 from qtrain.callbacks.scheduled_quantization import ScheduledQuantization
@@ -24,13 +22,12 @@ from qtrain.console import say
 from qtrain.data.datamodule import LanguageData
 from qtrain.evaluation.progress import progress_over
 from qtrain.evaluation.recovery import Recovery
-from qtrain.files import atomic_directory, sweep, write_json
+from qtrain.files import atomic_directory, read_json, sweep, write_json
 from qtrain.methods.method import build_method
 from qtrain.models.packed import save_packed
 from qtrain.modules.block_chain import BlockError
 from qtrain.modules.calibrate import start_weights
 from qtrain.report.write import write_report
-from qtrain.training import processes
 from qtrain.training.module import LanguageModule
 from qtrain.training.optimizers import state_bytes
 from qtrain.training.run_directory import RunDirectory
@@ -45,6 +42,8 @@ from qtrain.training.trainer import (
     trainer_arguments,
 )
 
+from qtrain.training import processes
+
 
 @processes.end_together()
 def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
@@ -58,7 +57,7 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
     step = read_checkpoint(str(checkpoint))["global_step"] if checkpoint else None
     if finished(step, config, run):
         say(f"this run has its {step} steps already: nothing to do (a larger trainer.max_steps goes on)")
-        found: dict[str, Any] = json.loads(run.result("fit").read_text(encoding="utf-8"))
+        found: dict[str, Any] = read_json(run.result("fit"))
         return found
     if config.run.resume and checkpoint is None:
         say(f"no checkpoint in {run.checkpoints} yet: starting from the beginning")
@@ -137,7 +136,7 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
     train_loss = number(logged.get("train/loss"))  # validating anew forgets it
     after = _held_out(trainer, module, data) if validated else {}
     if checkpoint is not None and run.result("baselines").exists():
-        earlier = json.loads(run.result("baselines").read_text(encoding="utf-8"))
+        earlier = read_json(run.result("baselines"))
         baselines, before = earlier["baselines"], earlier["before"]
     init = getattr(config.method, "init", None)
     figures: dict[str, Any] = {

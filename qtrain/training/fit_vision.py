@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
 import torch
-from torch import nn
-
 from qtrain.callbacks.checkpoint_files import KEY
 from qtrain.callbacks.throughput import Throughput
 from qtrain.callbacks.trainable_checkpoint import read_checkpoint
@@ -18,7 +15,7 @@ from qtrain.config.compose import save_config
 from qtrain.config.schema import VisionConfig
 from qtrain.console import say
 from qtrain.errors import ConfigError
-from qtrain.files import sweep, write_json
+from qtrain.files import read_json, sweep, write_json
 from qtrain.report.write import write_report
 from qtrain.training.image_quantization import (
     diagnostics,
@@ -44,6 +41,7 @@ from qtrain.vision.datamodule import ImageData
 from qtrain.vision.files import find_weights
 from qtrain.vision.resnet import ResNet
 from qtrain.vision.weights import load_weights, save_weights
+from torch import nn
 
 ACTIVATIONS = {"relu": nn.ReLU, "relu6": nn.ReLU6}
 
@@ -72,7 +70,7 @@ def fit(config: VisionConfig, run: RunDirectory) -> dict[str, Any]:
     step = read_checkpoint(str(checkpoint))["global_step"] if checkpoint else None
     if finished(step, config, run):
         say(f"this run has its {step} steps already: nothing to do (a larger trainer.max_steps goes on)")
-        found: dict[str, Any] = json.loads(run.result("fit").read_text(encoding="utf-8"))
+        found: dict[str, Any] = read_json(run.result("fit"))
         return found
     data = ImageData(config.data, classes=config.model.classes, seed=config.run.seed)
     data.setup("fit")
@@ -108,7 +106,7 @@ def fit(config: VisionConfig, run: RunDirectory) -> dict[str, Any]:
     if checkpoint is None:
         write_json(run.result("baselines"), untrained)
     elif run.result("baselines").exists():
-        untrained = json.loads(run.result("baselines").read_text(encoding="utf-8"))
+        untrained = read_json(run.result("baselines"))
     parameters = sum(p.numel() for p in module.parameters())
     network = f"{'network':<12}{config.model.architecture}, width {config.model.width}, {parameters:,} parameters"
     say([network, *quantization_lines(config.method, module), products(trainer)], title="model")

@@ -8,6 +8,7 @@ from pathlib import Path
 from qtrain.config.schema import RunConfig
 from qtrain.errors import CheckpointError
 from qtrain.files import remove_directory
+from qtrain.paths import unreachable
 
 CHECKPOINTS = "checkpoints"
 ARTIFACTS = ("adapter", "weights", "scales")
@@ -22,11 +23,22 @@ class RunDirectory:
 
     @classmethod
     def of(cls, config: RunConfig, default_name: str = "run") -> RunDirectory:
-        """``run.dir``, else ``runs/NAME`` by ``run.name``, the recipe's name or ``default_name``."""
-        if config.run.dir:
-            return cls(Path(config.run.dir))
+        """``run.dir``, else ``runs/NAME`` by ``run.name``, the recipe's name or ``default_name``.
+
+        Raises:
+            CheckpointError: no directory can lie there.
+        """
         recipe = Path(config.recipe).stem if config.recipe else None
-        return cls(Path("runs") / (config.run.name or recipe or default_name))
+        path = Path(config.run.dir or Path("runs") / (config.run.name or recipe or default_name))
+        reason = unreachable(path) or ("a file lies there" if path.is_file() else None)
+        if reason:
+            raise CheckpointError(
+                f"it cannot be a run's directory: {reason}",
+                where=str(path)[:100],
+                rule="run.dir, or runs/ with run.name, is a directory, there or to be made",
+                fix="run.dir=runs/NAME",
+            )
+        return cls(path)
 
     @property
     def config(self) -> Path:
@@ -89,11 +101,23 @@ class RunDirectory:
         """
         if isinstance(resume, str):
             chosen = Path(resume)
-            if not chosen.is_file():
-                raise CheckpointError(f"run.resume={resume} is no file", fix="run.resume=true takes the newest one")
+            if unreachable(chosen) or not chosen.is_file():
+                raise CheckpointError(
+                    f"run.resume={resume[:100]} is no file",
+                    rule="true, or the path of a checkpoint",
+                    fix="run.resume=true takes the newest one",
+                )
             return chosen
         if resume:
-            return self.newest_checkpoint()
+            newest = self.newest_checkpoint()
+            if newest is None and self.trained is not None:
+                raise CheckpointError(
+                    f"no checkpoint to go on from, and {self.trained} would be trained anew",
+                    where=str(self.checkpoints),
+                    rule="nothing is overwritten unless it is said",
+                    fix="run.overwrite=true in place of run.resume, or run.name=OTHER",
+                )
+            return newest
         if not overwrite and (self.config.exists() or self.checkpoints.exists()):
             raise CheckpointError(
                 "an earlier run lies here",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from qtrain.console import say, table
+from qtrain.files import read_json
 from qtrain.training.export_run import export_run
 from qtrain.verbs.request import Request
 
@@ -31,7 +31,7 @@ def run(request: Request) -> None:
 def _rows(request: Request, found: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     rows = [("trained", f"{found['reference_perplexity']:.3f}", "", "")]
     fit = request.run.result("fit")
-    before = json.loads(fit.read_text(encoding="utf-8")).get("val_perplexity_before") if fit.exists() else None
+    before = read_json(fit).get("val_perplexity_before") if fit.exists() else None
     if before is not None:
         rows.insert(0, ("before training, whole set", f"{before:.3f}", "", ""))
     rows.append(("exported", f"{found['candidate_perplexity']:.3f}", f"{found['kl']:.2e}", f"{found['top1']:.2%}"))

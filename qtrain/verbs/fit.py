@@ -17,6 +17,7 @@ def run(request: Request) -> None:
     if not request.config.method.trains:
         raise ConfigError(
             f"method.name={request.config.method.name} trains nothing",
+            rule="`qtrain fit` trains adapters, weights or scales",
             fix="qtrain quantize, or method.name=peqa to train the scales",
         )
     fit = resolve(request.config.implementation)

@@ -18,7 +18,11 @@ def run(request: Request) -> None:
     section = request.config.generate
     prompts = [section.prompt] if isinstance(section.prompt, str) else section.prompt or request.config.run.samples
     if not prompts:
-        raise ConfigError("generate.prompt is not set", fix="generate.prompt='What is a scale?'")
+        raise ConfigError(
+            "generate.prompt is not set",
+            rule="there is something to answer or to continue",
+            fix="generate.prompt='What is a scale?'",
+        )
     answers = {subject.name: _answers(subject, prompts, request) for subject in _subjects(request)}
     shown = Table(show_lines=True, expand=True, title_justify="left")
     shown.add_column("prompt", ratio=2)

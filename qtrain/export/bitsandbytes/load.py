@@ -7,6 +7,7 @@ from pathlib import Path
 import bitsandbytes as bnb
 import torch
 from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import PreTrainedModel
 
 from qtrain.errors import ModelError
@@ -48,11 +49,21 @@ def with_adapter(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
     folder = directory / ADAPTER
     if not (folder / "adapter_config.json").is_file():
         return model
+    if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        raise ModelError(
+            f"no {SAFETENSORS_WEIGHTS_NAME}",
+            where=str(folder),
+            rule="weights are read from safetensors alone: pickle runs code",
+            fix="export it again",
+        )
     try:
         adapted = PeftModel.from_pretrained(model, str(folder)).eval().get_base_model()
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # its own adapter_config.json decides what PEFT makes of it: it raises anything
         raise ModelError(
-            f"the adapter cannot be put on: {' '.join(str(error).split())[:400]}", where=str(folder)
+            f"the adapter cannot be put on: {' '.join(str(error).split())[:400]}",
+            where=str(folder),
+            rule="an adapter of PEFT that fits the model it lies in",
+            fix="export it again",
         ) from None
     assert isinstance(adapted, PreTrainedModel)
     return adapted

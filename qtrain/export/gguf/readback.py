@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from gguf import MODEL_ARCH_NAMES, GGUFReader, ReaderTensor, get_tensor_name_map
 
-from qtrain.errors import ExportError
+from qtrain.errors import ExportError, ModelError
 from qtrain.export.gguf.architecture import ARCHITECTURES, interleaved_rows
 from qtrain.export.gguf.blocks import SPECS, stored_record, unpack_blocks
 from qtrain.export.gguf.trained import BLOCK_TYPES
+from qtrain.models.gguf_header import check_gguf
 from qtrain.modules.record import LinearRecord
 
 PROJECTIONS = (
@@ -63,9 +64,17 @@ def open_file(path: Path) -> GGUFReader:
         ExportError: it is no GGUF file, or a part of one.
     """
     try:
+        check_gguf(path)
         return GGUFReader(path)
-    except (OSError, ValueError, IndexError) as error:
-        raise ExportError(f"no whole GGUF file: {error}", where=str(path)) from error
+    except ModelError as error:
+        raise ExportError(error.what, where=error.where, rule=error.rule, fix="export it again") from None
+    except (OSError, ValueError, LookupError) as error:
+        raise ExportError(
+            f"no whole GGUF file: {error}",
+            where=str(path),
+            rule="keys and tensors that the gguf package reads",
+            fix="export it again",
+        ) from None
 
 
 def differing_codes(path: Path, trained: Iterable[tuple[str, LinearRecord]]) -> dict[str, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -11,12 +10,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qtrain.errors import ExportError, ModelError
-from qtrain.files import atomic_directory, write_json
+from qtrain.files import atomic_directory, read_json, write_json
 from qtrain.methods.method import Context, Method, Progress, Text
 from qtrain.methods.qat.config import QatOptions
 from qtrain.methods.qat.deployed import deployed_cache, deployed_tensors
@@ -27,6 +26,7 @@ from qtrain.methods.qat.streamed import TrainedLayers
 from qtrain.methods.streamed import RunFiles, Streamed
 from qtrain.models.quantized.tensors import TensorFiles
 from qtrain.models.stored import stored_weights
+from qtrain.models.trained_tensors import read_tensors
 from qtrain.modules.calibrate import calibrate
 from qtrain.modules.deployed import DeployedModel
 from qtrain.modules.kernel_choice import kernel_lines, use_kernels
@@ -164,14 +164,14 @@ class Qat(Method[QatOptions]):
             ModelError: names, shapes or specs that are not those of ``model``.
         """
         plain = self.plain_model(model)
-        saved = load_file(str(directory / "model.safetensors"))
+        saved = read_tensors(directory / "model.safetensors")
         self._check_fit(plain, directory, {name: tuple(tensor.shape) for name, tensor in saved.items()})
         plain.load_state_dict(saved, strict=False)
 
     def _check_fit(self, model: PreTrainedModel, directory: Path, there: Mapping[str, tuple[int, ...]]) -> None:
         own = {name: tuple(tensor.shape) for name, tensor in _own_tensors(model).items()}
         specs = {name: quantizer.spec.to_dict() for name, quantizer in quantizers(model)}
-        known = json.loads((directory / "quantizers.json").read_text(encoding="utf-8"))
+        known = read_json(directory / "quantizers.json")
         different = sorted(there.items() ^ own.items()) or sorted(
             (name, ()) for name in known.keys() | specs.keys() if known.get(name) != specs.get(name)
         )
@@ -183,6 +183,7 @@ class Qat(Method[QatOptions]):
                 f"{other.get(name, 'absent')} here",
                 where=str(directory),
                 rule="method.weight, method.activation, method.kv_cache and model.path must be those of the training",
+                fix="leave those keys out: RUN/config.yaml has them",
             )
 
     def plain_model(self, model: nn.Module) -> PreTrainedModel:

@@ -11,10 +11,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from peft.utils import load_peft_weights
-from torch import nn
-from transformers import PreTrainedModel
-
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from qtrain.errors import ExportError, ModelError
 from qtrain.files import atomic_directory
 from qtrain.methods.config import KEPT
@@ -29,10 +26,13 @@ from qtrain.methods.qlora.orthogonal import start_orthogonal
 from qtrain.methods.qlora.streamed import frozen_base
 from qtrain.methods.streamed import RunFiles, Streamed
 from qtrain.models.stored import stored_weights
+from qtrain.models.trained_tensors import read_tensors
 from qtrain.modules.deployed import DeployedModel
 from qtrain.modules.frozen_linear import frozen_kind, quantize_base
 from qtrain.modules.fused_blocks import fuse_blocks
 from qtrain.modules.packed_identity import packed_layers
+from torch import nn
+from transformers import PreTrainedModel
 
 ADAPTER = "default"
 FOLDING = ("awq", "smoothquant")
@@ -138,9 +138,10 @@ class QLora(Method[QLoraOptions]):
         """Load the adapter's weights.
 
         Raises:
+            CheckpointError: they cannot be read.
             ModelError: names or shapes that are not those of ``model``.
         """
-        weights = load_peft_weights(str(directory), device="cpu")
+        weights = read_tensors(directory / SAFETENSORS_WEIGHTS_NAME)
         saved = {name: tuple(value.shape) for name, value in weights.items()}
         own = get_peft_model_state_dict(model, save_embedding_layers=False)
         wanted = {name: tuple(value.shape) for name, value in own.items()}
@@ -151,6 +152,7 @@ class QLora(Method[QLoraOptions]):
                 f"{wanted.get(name, 'absent')} here",
                 where=str(directory),
                 rule="method.r, method.target_modules and model.path must be those of the training",
+                fix="leave those keys out: RUN/config.yaml has them",
             )
         set_peft_model_state_dict(model, weights)
 
