@@ -57,6 +57,7 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
     step = read_checkpoint(str(checkpoint))["global_step"] if checkpoint else None
     if finished(step, config, run):
         say(f"this run has its {step} steps already: nothing to do (a larger trainer.max_steps goes on)")
+        write_report(run.path)  # a process that was killed may have left none
         found: dict[str, Any] = read_json(run.result("fit"))
         return found
     if config.run.resume and checkpoint is None:
@@ -164,11 +165,11 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
         with atomic_directory(trained) as whole:
             module.method.save(module.model, whole)
             module.tokenizer.save_pretrained(whole)
-        write_json(run.result("fit"), figures)
-        write_report(run.path)
         log_recovery(trainer.loggers, figures["recovery"], trainer.global_step)
         log_artifacts(config, trainer.loggers, {module.method.artifact: trained})
         close(trainer.loggers)
+        write_json(run.result("fit"), figures)  # only now is there nothing left to go on with
+        write_report(run.path)
     return figures
 
 

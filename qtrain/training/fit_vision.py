@@ -70,6 +70,7 @@ def fit(config: VisionConfig, run: RunDirectory) -> dict[str, Any]:
     step = read_checkpoint(str(checkpoint))["global_step"] if checkpoint else None
     if finished(step, config, run):
         say(f"this run has its {step} steps already: nothing to do (a larger trainer.max_steps goes on)")
+        write_report(run.path)  # a process that was killed may have left none
         found: dict[str, Any] = read_json(run.result("fit"))
         return found
     data = ImageData(config.data, classes=config.model.classes, seed=config.run.seed)
@@ -138,11 +139,11 @@ def fit(config: VisionConfig, run: RunDirectory) -> dict[str, Any]:
     if trainer.is_global_zero:
         weights = run.path / "weights"
         save_weights(module.model, weights)
-        write_json(run.result("fit"), figures)
-        write_report(run.path)
         log_recovery(trainer.loggers, figures["recovery"], trainer.global_step)
         log_artifacts(config, trainer.loggers, {"weights": weights})
         close(trainer.loggers)
+        write_json(run.result("fit"), figures)  # only now is there nothing left to go on with
+        write_report(run.path)
     return figures
 
 
