@@ -10,7 +10,6 @@ from torch import Tensor
 from qtrain.errors import ModelError
 from qtrain.numerics.affine import QParams, choose_qparams, grouped, level_codes, qparams_of_bounds, round_scale
 from qtrain.numerics.row_parts import over_rows
-from qtrain.numerics.shortlist import can_bound, lower_bounds
 from qtrain.numerics.spec import QuantSpec
 
 SHRINK = {1: 0.2, 2: 0.2, 3: 0.4}
@@ -76,41 +75,14 @@ def _search(
     # All fractions in one call: of a part that fits a cache, many small tensors cost as much as the large ones.
     each = torch.tensor(factors, dtype=torch.float32, device=values.device).view(-1, 1, 1)
     scales, points = qparams_of_bounds(low * each, high * each, spec)
-    if heights is None and can_bound(values, spec):
-        candidates = torch.stack([widest.scale, *scales.unbind()], dim=-1)
-        best, least = _shortlisted(values, candidates, (1.0, *factors), spec, (buffer, product))
-    else:
-        best, least = widest, _error(values, widest, heights, spec, buffer)
-        for number, scale in enumerate(scales.unbind()):
-            candidate = QParams(scale, None if points is None else points[number])
-            best, least = _better(candidate, _error(values, candidate, heights, spec, buffer), best, least)
+    best, least = widest, _error(values, widest, heights, spec, buffer)
+    for number, scale in enumerate(scales.unbind()):
+        candidate = QParams(scale, None if points is None else points[number])
+        best, least = _better(candidate, _error(values, candidate, heights, spec, buffer), best, least)
     for _ in range(refits):
         candidate = _refit(values, best, heights, spec, buffer, product)
         best, least = _better(candidate, _error(values, candidate, heights, spec, buffer), best, least)
     return best
-
-
-def _shortlisted(
-    values: Tensor, scales: Tensor, factors: tuple[float, ...], spec: QuantSpec, memory: tuple[Tensor, Tensor]
-) -> tuple[QParams, Tensor]:
-    """The first of the best ``scales`` [rows, groups, candidates] for each group, and its error: as of trying all, but
-    tried are those alone whose bound is no higher than the error of the one with the lowest.
-    """
-    wide = scales.to(torch.float32)
-    bounds = lower_bounds(values, wide, factors, spec, memory)
-    first = bounds.argmin(dim=-1, keepdim=True)
-    error = _error(values, QParams(wide.gather(-1, first)[..., 0]), None, spec, memory[0]).unsqueeze(-1)
-    errors = torch.full_like(bounds, torch.inf).scatter_(-1, first, error)
-    left = (~(bounds > error)).scatter_(-1, first, False)  # what is not known may be NaN
-    groups, which = left.flatten(0, 1).nonzero(as_tuple=True)
-    flat, parts, levels = values.flatten(0, 1), *(tensor.flatten(0, 1) for tensor in memory)
-    step = max(1, len(flat) // 2)  # what is written is still in the nearest cache
-    for group, one in zip(groups.split(step), which.split(step), strict=True):
-        part = torch.index_select(flat, 0, group, out=parts[: len(group)])
-        tried = _error(part, QParams(wide.flatten(0, 1)[group, one]), None, spec, levels[: len(group)])
-        errors.flatten(0, 1)[group, one] = tried.nan_to_num_(torch.inf, torch.inf)  # a scale beyond fp16 is inf
-    best = errors.argmin(dim=-1, keepdim=True)
-    return QParams(scales.gather(-1, best)[..., 0]), errors.gather(-1, best)[..., 0]
 
 
 def _better(candidate: QParams, error: Tensor, best: QParams, least: Tensor) -> tuple[QParams, Tensor]:
