@@ -24,8 +24,8 @@ class FrozenWeight(Protocol):
     def product(self, x: Tensor) -> Tensor:
         """x W^T + b [rows, out] of x [rows, in], in x's dtype, in memory of its own."""
 
-    def weight(self, dtype: torch.dtype) -> Tensor:
-        """W [out, in], to be used up before any other is asked for."""
+    def input_gradient(self, dy: Tensor, into: Tensor | None = None) -> Tensor:
+        """dy W [rows, in] of dy [rows, out], added to ``into`` if that is given."""
 
 
 class LoraLinear(NamedTuple):
@@ -218,9 +218,9 @@ class _Part(NamedTuple):
     def input_gradient(self, dys: Sequence[Tensor], d_low: Tensor, mask: Tensor | None) -> Tensor:
         """dL/dx: through the frozen weights, then through the adapters."""
         dtype = d_low.dtype
-        d_rows = dys[0] @ self.frozen[0].weight(dtype)
+        d_rows = self.frozen[0].input_gradient(dys[0])
         for dy, frozen in zip(dys[1:], self.frozen[1:], strict=True):
-            d_rows.addmm_(dy, frozen.weight(dtype))
+            d_rows = frozen.input_gradient(dy, d_rows)
         if mask is None:
             return d_rows.addmm_(d_low, self._stacked(dtype))
         return d_rows.addcmul_(mask, _product(d_low, self._stacked(dtype), self.dropout.gain))

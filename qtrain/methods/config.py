@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from qtrain.models.config import refuse_fp16
 from qtrain.modules.kv.config import KVCacheSection
@@ -28,10 +28,14 @@ class MethodSection(Section):
     """Key whose value ``checkpoint`` keeps the codes that model.path holds; None where none can be kept."""
     takes_codebooks: ClassVar[bool] = False
     """Whether codes may be places in a table (bitsandbytes, AQLM), of which no scale trains."""
+    takes_fp8: ClassVar[bool] = False
+    """Whether it has frozen weights that may be multiplied in fp8."""
 
     name: str = Field("qlora", description="what is quantized and what trains")
-    compute_dtype: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="what products run in: auto is bf16 where the device has it, else fp32"
+    compute_dtype: Literal["auto", "fp32", "bf16", "fp8"] = Field(
+        "auto",
+        description="what products run in: auto is bf16 where the device has it, else fp32; fp8: as auto, but frozen "
+        "weights under adapters, their inputs and gradients rounded to e4m3 rows",
     )
 
     @property
@@ -54,6 +58,15 @@ class MethodSection(Section):
         return None
 
     _fp16 = field_validator("compute_dtype", mode="before")(refuse_fp16)
+
+    @model_validator(mode="after")
+    def _fp8_where_weights_are_frozen(self) -> Self:
+        if self.compute_dtype == "fp8" and not self.takes_fp8:
+            raise ValueError(
+                f"compute_dtype=fp8 is for frozen weights under adapters, and {self.name} has none: use auto, or for "
+                "fp8 that is deployed method.name=qat method.weight.format=fp8_e4m3"
+            )
+        return self
 
 
 METHODS: Registry[type[MethodSection]] = Registry(

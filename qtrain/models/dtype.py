@@ -27,7 +27,7 @@ def resolve_dtypes(storage: str, compute: str, device: torch.device) -> tuple[to
         ModelError: weights in bf16 beside products in fp32, which no product can honour.
     """
     default = "bf16" if has_bf16(device) else "fp32"
-    compute = default if compute == "auto" else compute
+    compute = default if compute in ("auto", "fp8") else compute  # fp8 is for frozen weights alone
     storage = compute if storage == "auto" else storage
     if (storage, compute) == ("bf16", "fp32"):
         raise ModelError(

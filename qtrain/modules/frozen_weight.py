@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
@@ -37,15 +39,35 @@ class Workspace:
         return sum(memory.nbytes for memory in self._memory.values())
 
 
-class FourBit:
+class Dequantized:
+    """What is multiplied as a dense weight, there for the product alone."""
+
+    _layer: Any
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """W [out, in], to be used up before any other is asked for."""
+        raise NotImplementedError
+
+    def bias(self, dtype: torch.dtype) -> Tensor | None:
+        """b [out]."""
+        bias: Tensor | None = self._layer.bias
+        return None if bias is None else bias.to(dtype)
+
+    def product(self, x: Tensor) -> Tensor:
+        """x W^T + b."""
+        return F.linear(x, self.weight(x.dtype), self.bias(x.dtype))
+
+    def input_gradient(self, dy: Tensor, into: Tensor | None = None) -> Tensor:
+        """dy W, added to ``into``."""
+        weight = self.weight(dy.dtype)
+        return dy @ weight if into is None else into.addmm_(dy, weight)
+
+
+class FourBit(Dequantized):
     """NF4 or FP4."""
 
     def __init__(self, layer: bnb.nn.Linear4bit, workspace: Workspace, dequantize: Dequantize) -> None:
         self._layer, self._workspace, self._dequantize = layer, workspace, dequantize
-
-    def product(self, x: Tensor) -> Tensor:
-        """x W^T + b."""
-        return F.linear(x, self.weight(x.dtype), _bias(self._layer, x.dtype))
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """W, overwritten by the next one."""
@@ -55,10 +77,11 @@ class FourBit:
         stored = torch.float32 if dtype == torch.float64 else dtype
         # bitsandbytes' kernels for CPUs write into memory of their own alone.
         out = self._workspace.take(tuple(state.shape), stored, words.device) if words.is_cuda else None
-        return self._dequantize(words, state, stored, out).to(dtype)
+        weight: Tensor = self._dequantize(words, state, stored, out)
+        return weight.to(dtype)
 
 
-class Int8:
+class Int8(Dequantized):
     """LLM.int8(): the layer's own product, inputs in int8 and outlier columns included where it has them so."""
 
     def __init__(self, layer: bnb.nn.Linear8bitLt) -> None:
@@ -73,37 +96,32 @@ class Int8:
         """q SCB / 127, as bitsandbytes' own backward takes it."""
         codes, largest = self._layer.state.CB, self._layer.state.SCB
         assert codes is not None and largest is not None
-        return codes.to(dtype, copy=True).mul_(largest.unsqueeze(1).mul(1.0 / 127.0))
+        weight: Tensor = codes.to(dtype, copy=True).mul_(largest.unsqueeze(1).mul(1.0 / 127.0))
+        return weight
 
 
-class Packed:
+class Packed(Dequantized):
     """Packed integers."""
 
     def __init__(self, layer: PackedLinear) -> None:
         self._layer = layer
 
-    def product(self, x: Tensor) -> Tensor:
-        """x W^T + b."""
-        return F.linear(x, self.weight(x.dtype), _bias(self._layer, x.dtype))
-
     def weight(self, dtype: torch.dtype) -> Tensor:
         """(q - z) s."""
-        return self._layer.dense_weight(dtype)
+        weight: Tensor = self._layer.dense_weight(dtype)
+        return weight
 
 
-class Dense:
+class Dense(Dequantized):
     """Plain numbers."""
 
     def __init__(self, layer: nn.Linear) -> None:
         self._layer = layer
 
-    def product(self, x: Tensor) -> Tensor:
-        """x W^T + b."""
-        return F.linear(x, self.weight(x.dtype), _bias(self._layer, x.dtype))
-
     def weight(self, dtype: torch.dtype) -> Tensor:
         """W itself where it has that dtype."""
-        return self._layer.weight.to(dtype)
+        weight: Tensor = self._layer.weight.to(dtype)
+        return weight
 
 
 def frozen_weight(layer: nn.Module, workspace: Workspace, dequantize: Dequantize) -> FrozenWeight | str:
@@ -124,7 +142,3 @@ def frozen_weight(layer: nn.Module, workspace: Workspace, dequantize: Dequantize
     if type(layer) is nn.Linear:
         return Dense(layer)
     return f"no dense weight of {frozen_kind(layer) or type(layer).__name__}"
-
-
-def _bias(layer: nn.Linear, dtype: torch.dtype) -> Tensor | None:
-    return None if layer.bias is None else layer.bias.to(dtype)

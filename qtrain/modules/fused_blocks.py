@@ -14,10 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from qtrain.kernels.fp8_product import Fp8Rows
 from qtrain.kernels.gated import Activation, gated_path
 from qtrain.kernels.nf4_dequantize import Dequantize, choose_dequantize
+from qtrain.kernels.shared_input import Latest
 from qtrain.modules.block_proof import BlockProof
 from qtrain.modules.eval_mode import eval_mode
+from qtrain.modules.fp8_weight import fp8_words, in_fp8
 from qtrain.modules.frozen_linear import frozen_kind
 from qtrain.modules.frozen_weight import Workspace, frozen_weight
 from qtrain.modules.fused_layers import GatedMlp, Member, SharedInput
@@ -25,7 +28,9 @@ from qtrain.modules.fused_layers import GatedMlp, Member, SharedInput
 PROBE_TOKENS = 8
 
 
-def fuse_blocks(model: PreTrainedModel, context: Callable[[], AbstractContextManager[Any]], asked: str) -> str:
+def fuse_blocks(
+    model: PreTrainedModel, context: Callable[[], AbstractContextManager[Any]], asked: str, *, fp8: bool = False
+) -> str:
     """Let LoRA linears that share an input, and gated MLPs, run as one autograd function each in training, in place.
 
     What shares an input is seen in a forward pass of 8 tokens; each kind of block is then compared with PEFT's layers.
@@ -35,6 +40,7 @@ def fuse_blocks(model: PreTrainedModel, context: Callable[[], AbstractContextMan
     Args:
         context: what training runs in, such as its autocast.
         asked: ``auto`` or ``none``.
+        fp8: frozen weights, their inputs and output gradients are rounded to e4m3 rows and multiplied so.
 
     Returns:
         What runs fused over which base, and what does not and why, in words.
@@ -51,7 +57,8 @@ def fuse_blocks(model: PreTrainedModel, context: Callable[[], AbstractContextMan
         fused = _Fused(BlockProof(context), dequantize)
         for parent, groups in _by_parent(model, inputs, fused.refused).items():
             fused.take(parent, groups)
-    return fused.words(device, by)
+    words = fused.words(device, by)
+    return words + (f"; {fused.in_fp8(device)}" if fp8 else "")
 
 
 class _Fused:
@@ -63,6 +70,7 @@ class _Fused:
         self._blocks: Counter[str] = Counter()
         self._bases: Counter[str] = Counter()
         self._notes: dict[str, None] = {}
+        self._members: list[Member] = []
 
     def take(self, parent: nn.Module, groups: Sequence[Mapping[str, Tensor]]) -> None:
         """Blocks in place of the layers of one module, each group by name with the tensor that all of it is given."""
@@ -80,6 +88,7 @@ class _Fused:
         mlp = self._mlp(parent, blocks)
         for block, _ in blocks:
             block.install()
+            self._members += block.members
             self._bases.update(_base_kind(member) for member in block.members)
             if len(block.members) > 1 and any(isinstance(member.dropout_layer, nn.Dropout) for member in block.members):
                 self._notes["one dropout mask for layers that share an input"] = None
@@ -90,6 +99,20 @@ class _Fused:
                 self._notes[f"SwiGLU {gated_path(mlp.members[0].device)}"] = None
         else:
             self._blocks.update(_label(block) for block, _ in blocks)
+
+    def in_fp8(self, device: torch.device) -> str:
+        """Let all frozen weights be multiplied in fp8, now that the blocks have proven equal without; in words."""
+        rows: Latest[Fp8Rows] = Latest()
+        refused: Counter[str] = Counter()
+        for member in self._members:
+            frozen = in_fp8(member.frozen, rows)
+            if isinstance(frozen, str):
+                refused[frozen] += 1
+            else:
+                member.frozen = frozen
+        count = len(self._members) - refused.total()
+        line = f"{count} frozen weights as e4m3 rows on {fp8_words(device)}" if count else "no frozen weight in fp8"
+        return line + "".join(f"; not {number} layers of {why}" for why, number in refused.items())
 
     def words(self, device: torch.device, by: str) -> str:
         """One line."""

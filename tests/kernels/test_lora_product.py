@@ -142,6 +142,9 @@ class OneMemory:
     def product(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight(x.dtype))
 
+    def input_gradient(self, dy: Tensor, into: Tensor | None = None) -> Tensor:
+        return dy @ self.weight(dy.dtype) if into is None else into + dy @ self.weight(dy.dtype)
+
     def weight(self, dtype: torch.dtype) -> Tensor:
         self.memory.fill_(float("nan"))
         return self.memory[: self._weight.numel()].view(self._weight.shape).copy_(self._weight)

@@ -83,3 +83,11 @@ def test_a_run_with_dropout_goes_on_to_the_bit(
     found, wanted = adapter(broken), adapter(straight)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert losses(broken)[-4:] == losses(straight)[-4:]
+
+
+def test_a_run_in_fp8_says_so_and_learns(tiny_llama_dir: Path, chats: Path, tmp_path: Path) -> None:
+    keys = ("trainer.max_steps=6", "optimizer.lr=1e-3")
+    run = train(tiny_llama_dir, chats, tmp_path / "fp8", *keys, "method.compute_dtype=fp8")
+    exact = train(tiny_llama_dir, chats, tmp_path / "exact", *keys)
+    assert "14 frozen weights as e4m3 rows" in json.loads((run / "fit.json").read_text())["blocks"]
+    assert losses(run) != losses(exact) and losses(run) == pytest.approx(losses(exact), rel=0.01)

@@ -23,6 +23,7 @@ class QLoraOptions(MethodSection):
 
     codes_key: ClassVar[str | None] = "base"
     takes_codebooks: ClassVar[bool] = True
+    takes_fp8: ClassVar[bool] = True
 
     base: Literal["nf4", "fp4", "int8", "packed", "checkpoint", "none"] = Field(
         "nf4",
@@ -68,6 +69,15 @@ class QLoraOptions(MethodSection):
             )
         if self.packed is not None and self.packed.init == KEPT:
             raise ValueError(f"packed.init={KEPT}: method.base={KEPT} keeps the codes that model.path holds")
+        return self
+
+    @model_validator(mode="after")
+    def _fp8_in_blocks(self) -> QLoraOptions:
+        if self.compute_dtype == "fp8" and (self.fused_blocks == "none" or self.dora or self.base == "int8"):
+            raise ValueError(
+                "compute_dtype=fp8 runs in fused blocks, which fused_blocks=none turns off, dora=true has none of, and "
+                "base=int8 multiplies bytes in: drop one of the two"
+            )
         return self
 
     @model_validator(mode="after")

@@ -12,6 +12,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from torch import nn
+from transformers import PreTrainedModel
+
 from qtrain.errors import ExportError, ModelError
 from qtrain.files import atomic_directory
 from qtrain.methods.config import KEPT
@@ -31,8 +34,6 @@ from qtrain.modules.deployed import DeployedModel
 from qtrain.modules.frozen_linear import frozen_kind, quantize_base
 from qtrain.modules.fused_blocks import fuse_blocks
 from qtrain.modules.packed_identity import packed_layers
-from torch import nn
-from transformers import PreTrainedModel
 
 ADAPTER = "default"
 FOLDING = ("awq", "smoothquant")
@@ -116,7 +117,8 @@ class QLora(Method[QLoraOptions]):
 
     def fuse(self, model: nn.Module, context: Context) -> str:
         """Adapters that share an input, and gated MLPs."""
-        return fuse_blocks(self.plain_model(model), context, self.options.fused_blocks)
+        fp8 = self.options.compute_dtype == "fp8"
+        return fuse_blocks(self.plain_model(model), context, self.options.fused_blocks, fp8=fp8)
 
     def parameter_groups(self, model: nn.Module, lr: float) -> list[dict[str, Any]]:
         """One group, or A and B apart with B's rate ``loraplus_ratio`` times A's (Hayou 2024, arXiv 2402.12354)."""

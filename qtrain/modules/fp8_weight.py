@@ -1,0 +1,54 @@
+"""Frozen weights that are multiplied in fp8, whatever they are stored in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qtrain.kernels.fp8_product import Fp8Rows, fp8_matmul, fp8_rows, has_fp8
+from qtrain.kernels.lora_product import FrozenWeight
+from qtrain.kernels.shared_input import Latest
+from qtrain.modules.frozen_weight import Dequantized, Int8
+
+
+class InFp8:
+    """Another weight, rounded to e4m3 by row as it is dequantized; inputs and output gradients are rounded too.
+
+    x W^T = s_x (q_x q_W^T) s_W^T, and dy W = s (q q_W) with s and q of dy s_W^T: the rows' scales of W are factors of
+    what is summed over in the backward, so they go into dy before that is rounded, and the codes of W are the same.
+
+    Args:
+        frozen: whose weight it is.
+        rows: shared by all layers, so that an input of several is rounded once.
+    """
+
+    def __init__(self, frozen: Dequantized, rows: Latest[Fp8Rows]) -> None:
+        self._frozen, self._rows = frozen, rows
+
+    def product(self, x: Tensor) -> Tensor:
+        """x W^T + b."""
+        weight = fp8_rows(self._frozen.weight(x.dtype))
+        y, bias = fp8_matmul(self._rows.of(x, "fp8", fp8_rows), weight, x.dtype), self._frozen.bias(x.dtype)
+        return y if bias is None else y.add_(bias)
+
+    def input_gradient(self, dy: Tensor, into: Tensor | None = None) -> Tensor:
+        """dy W, added to ``into``."""
+        self._rows.clear()  # what a forward pass left
+        codes, scale = fp8_rows(self._frozen.weight(dy.dtype))
+        # Hopper's fp8 units want what is summed over side by side, in both.
+        turned = codes.view(torch.uint8).t().contiguous().view(codes.dtype)
+        ones = scale.new_ones(len(turned), 1)
+        found = fp8_matmul(fp8_rows(dy, scale.flatten()), Fp8Rows(turned, ones), dy.dtype)
+        return found if into is None else into.add_(found)
+
+
+def in_fp8(frozen: FrozenWeight, rows: Latest[Fp8Rows]) -> FrozenWeight | str:
+    """``frozen`` with products in fp8, or in words why not."""
+    if isinstance(frozen, Int8) or not isinstance(frozen, Dequantized):
+        return "LLM.int8(), which multiplies bytes"
+    return InFp8(frozen, rows)
+
+
+def fp8_words(device: torch.device) -> str:
+    """What computes such products there."""
+    return "fp8 tensor cores" if has_fp8(device) else "the same numbers in fp32: no fp8 units here"

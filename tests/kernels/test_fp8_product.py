@@ -1,0 +1,85 @@
+"""Rows in fp8 and their products: plain beside float64, Triton beside plain."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qtrain.kernels import fp8_product as kernel
+from qtrain.kernels.fp8_product import Fp8Rows, fp8_matmul, fp8_rows, plain_fp8_matmul, plain_fp8_rows
+
+ON_GPU = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if ON_GPU else "cpu"
+tiles = pytest.mark.skipif(
+    kernel.fp8_tiles is None or not (ON_GPU or INTERPRETED), reason="needs Triton, and a GPU or the interpreter"
+)
+
+
+@pytest.mark.skipif(kernel.fp8_tiles is None or ON_GPU or INTERPRETED, reason="no Triton, or this process runs it")
+def test_in_the_interpreter() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0 and " passed" in found.stdout, found.stdout + found.stderr
+
+
+def numbers(rows: Fp8Rows) -> Tensor:
+    return rows.codes.double() * rows.scale.double()
+
+
+@given(
+    shape=st.tuples(st.integers(0, 5), st.integers(1, 40)),
+    size=st.sampled_from([1e-30, 1e-6, 1.0, 1e4, 1e30]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 99),
+)
+def test_rows_are_within_half_a_step(shape: tuple[int, int], size: float, dtype: torch.dtype, seed: int) -> None:
+    x = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * size).to(dtype)
+    x[:1] = 0  # a row of zeros
+    found = plain_fp8_rows(x)
+    assert found.codes.dtype == torch.float8_e4m3fn and found.scale.shape == (shape[0], 1)
+    exact, largest = x.double(), x.double().abs().amax(1, keepdim=True)
+    # 3 bits of mantissa: half a step is 2^-4 of a number, and no less than 2^-10 / 448 of the row's largest.
+    bound = torch.maximum(exact.abs() * 2**-4, largest * 2**-10 / 448 * 1.01) * (1 + 1e-6)
+    assert ((numbers(found) - exact).abs() <= bound).all() and not numbers(found)[:1].any()
+
+
+def test_a_factor_goes_in_before_the_rounding() -> None:
+    x, factor = torch.randn(5, 24), torch.rand(24) + 0.1
+    found, wanted = plain_fp8_rows(x, factor), plain_fp8_rows(x * factor)
+    assert torch.equal(found.codes.float(), wanted.codes.float()) and torch.equal(found.scale, wanted.scale)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 7), (32, 48, 64), (0, 8, 8), (17, 16, 16)])
+def test_products_of_these_numbers(shape: tuple[int, int, int]) -> None:
+    m, n, k = shape
+    a, b = fp8_rows(torch.randn(m, k, device=DEVICE)), fp8_rows(torch.randn(n, k, device=DEVICE))
+    exact = numbers(a) @ numbers(b).t()
+    found = fp8_matmul(a, b, torch.bfloat16)
+    assert found.dtype == torch.bfloat16 and found.shape == (m, n)
+    assert (found.double() - exact).norm() <= 5e-3 * exact.norm()
+    assert (plain_fp8_matmul(a, b, torch.float32).double() - exact).norm() <= 1e-6 * exact.norm()
+
+
+@tiles
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("columns", [1, 24, 300, 5000])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_tiles_are_the_twin(columns: int, scaled: bool, dtype: torch.dtype) -> None:
+    assert kernel.fp8_tiles is not None
+    x = torch.randn(columns, 6, device=DEVICE).to(dtype).t()  # not contiguous
+    x[2] = 0
+    x[3] *= 1e-4
+    factor = torch.rand(columns, device=DEVICE) if scaled else None
+    codes, scale = kernel.fp8_tiles.fp8_rows(x, factor)
+    wanted = plain_fp8_rows(x, factor)
+    assert torch.equal(scale, wanted.scale)
+    assert torch.equal(codes.float(), wanted.codes.float())

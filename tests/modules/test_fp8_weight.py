@@ -1,0 +1,107 @@
+"""Blocks over weights in fp8: near what they are without, for each base, and said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from qtrain.config.compose import load_recipe
+from qtrain.errors import ConfigError
+from qtrain.kernels.shared_input import Latest
+from qtrain.modules.fp8_weight import InFp8, in_fp8
+from qtrain.modules.frozen_linear import quantize_base
+from qtrain.modules.frozen_weight import Dense
+from qtrain.modules.fused_blocks import fuse_blocks
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT 0.21
+IDS = torch.arange(2, 42).view(2, 20)
+
+
+def adapted(base: str, **keys: float) -> torch.nn.Module:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "vocab_size": 64}
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, attention_bias=True)
+    model = LlamaForCausalLM(config)
+    names = [
+        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and "head" not in name
+    ]
+    if base != "none":
+        quantize_base(model, base, double_quant=True, compute_dtype=torch.float32, device=torch.device("cpu"))
+    found = get_peft_model(model, LoraConfig(r=4, target_modules=names, **keys))
+    for name, parameter in found.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.05)
+    return found.train()
+
+
+def step(model: torch.nn.Module) -> dict[str, Tensor]:
+    model.zero_grad()
+    logits = model(input_ids=IDS).logits
+    logits.square().mean().backward()
+    return {"logits": logits.detach()} | {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("base", ["nf4", "none"])
+def test_a_step_in_fp8_is_near_the_exact_one(base: str) -> None:
+    model = adapted(base)
+    wanted = step(model)
+    words = fuse_blocks(model.get_base_model(), nullcontext, "auto", fp8=True)
+    assert words.endswith("14 frozen weights as e4m3 rows on the same numbers in fp32: no fp8 units here")
+    found = step(model)
+    apart = {name: float((found[name] - own).norm() / own.norm()) for name, own in wanted.items()}
+    assert 1e-3 < apart["logits"] < 0.1 and max(apart.values()) < 0.25
+    model.eval()
+    with torch.no_grad():  # what is evaluated and exported is not rounded
+        again = model(input_ids=IDS).logits
+    model.train()
+    assert (again - wanted["logits"]).norm() < 1e-5 * again.norm()
+
+
+def test_the_gradient_of_the_input_takes_the_same_codes() -> None:
+    layer = torch.nn.Linear(32, 48)
+    weight = InFp8(Dense(layer), Latest())
+    x, dy = torch.randn(7, 32), torch.randn(7, 48)
+    y = weight.product(x)
+    assert (y - layer(x)).norm() < 0.06 * y.norm()
+    dx = weight.input_gradient(dy)
+    exact = dy @ layer.weight
+    assert (dx - exact).norm() < 0.06 * exact.norm()
+    into = torch.randn(7, 32)
+    assert torch.allclose(weight.input_gradient(dy, into.clone()), into + dx, atol=1e-6)
+
+
+def test_an_input_of_several_layers_is_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    kernel = __import__("qtrain.modules.fp8_weight", fromlist=["fp8_rows"])
+    original: Callable[..., object] = kernel.fp8_rows
+    monkeypatch.setattr(kernel, "fp8_rows", lambda x, *rest: seen.append(x.data_ptr()) or original(x, *rest))
+    rows: Latest[object] = Latest()
+    layers = [torch.nn.Linear(16, 16) for _ in range(3)]
+    x = torch.randn(4, 16)
+    for layer in layers:
+        weight = in_fp8(Dense(layer), rows)  # type: ignore[arg-type]
+        assert isinstance(weight, InFp8)
+        weight.product(x)
+    assert seen.count(x.data_ptr()) == 1 and len(seen) == 4
+
+
+@pytest.mark.parametrize(
+    "words", [("method.name=qat",), ("method.fused_blocks=none",), ("method.dora=true",), ("method.base=int8",)]
+)
+def test_where_it_has_no_place(words: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match="fp8"):
+        load_recipe(None, "method.compute_dtype=fp8", *words)
+
+
+def test_lora_layers_keep_their_names() -> None:
+    model = adapted("none")
+    before = set(model.state_dict())
+    fuse_blocks(model.get_base_model(), nullcontext, "auto", fp8=True)
+    assert set(model.state_dict()) == before and any(isinstance(m, LoraLayer) for m in model.modules())
