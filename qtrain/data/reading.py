@@ -63,7 +63,20 @@ def read(location: Path | HubSet, *, split: str, whole: bool = True, start: int 
     else:
         records = _read_table(location, start)
         start = 0
-    return islice(records, start, None)
+    return islice(_readable(records, str(location)), start, None)
+
+
+def _readable(records: Iterator[Record], source: str) -> Iterator[Record]:
+    """The records; a file that was there when the run began, and is not any more, is told as such."""
+    try:
+        yield from records
+    except OSError as error:
+        raise DataError(
+            f"cannot be read: {error.strerror or error}",
+            where=source,
+            rule="a stream reads its files all the time that it trains",
+            fix="put the file back; run.resume=true goes on from the newest checkpoint",
+        ) from error
 
 
 def _read_text(path: Path, whole: bool) -> Iterator[Record]:

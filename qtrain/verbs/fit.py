@@ -35,7 +35,7 @@ def run(request: Request) -> None:
     facts = {
         "steps": f"{figures['steps']}, {figures['train_seconds']:.0f} s",
         "speed": _speed(figures),
-        "memory": f"{figures['peak_gib']:.2f} GiB at its peak",
+        **({"memory": f"{figures['peak_gib']:.2f} GiB at its peak"} if figures["peak_gib"] is not None else {}),
         result.name: str(result),
         "report": str(request.run.path / "report.html"),
     }
