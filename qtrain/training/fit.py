@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+
 from qtrain.callbacks.checkpoint_files import KEY
 from qtrain.callbacks.samples import SampleGenerations
 from qtrain.callbacks.scheduled_quantization import ScheduledQuantization
@@ -28,6 +29,8 @@ from qtrain.models.packed import save_packed
 from qtrain.modules.block_chain import BlockError
 from qtrain.modules.calibrate import start_weights
 from qtrain.report.write import write_report
+from qtrain.training import processes
+from qtrain.training.first_batch import AtFirstBatch
 from qtrain.training.module import LanguageModule
 from qtrain.training.optimizers import state_bytes
 from qtrain.training.run_directory import RunDirectory
@@ -41,8 +44,6 @@ from qtrain.training.trainer import (
     run_callbacks,
     trainer_arguments,
 )
-
-from qtrain.training import processes
 
 
 @processes.end_together()
@@ -99,8 +100,9 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
                 if module.method.keeps_base:
                     save_packed(module.method.plain_model(module.model), run.base)
                     shutil.rmtree(run.scratch, ignore_errors=True)
-            save_config(config, run.config)
-            write_json(run.result("data"), data.summary.to_dict())
+                _adopt(config, run, data)
+    if checkpoint is not None:
+        trainer.callbacks.append(AtFirstBatch(partial(_adopt, config, run, data)))  # type: ignore[attr-defined]
     own = read_checkpoint(str(checkpoint)).get(KEY, {}) if checkpoint else {}
     trainer.loggers = loggers(config, run.path, step, own.get("row"))
     state = state_bytes((p for p in module.model.parameters() if p.requires_grad), config.optimizer)
@@ -171,6 +173,12 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
         write_json(run.result("fit"), figures)  # only now is there nothing left to go on with
         write_report(run.path)
     return figures
+
+
+def _adopt(config: Config, run: RunDirectory, data: LanguageData) -> None:
+    """What this run is from now on."""
+    save_config(config, run.config)
+    write_json(run.result("data"), data.summary.to_dict())
 
 
 def _callbacks(

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import lightning as L
 import torch
+from torch import nn
+
 from qtrain.callbacks.checkpoint_files import KEY
 from qtrain.callbacks.throughput import Throughput
 from qtrain.callbacks.trainable_checkpoint import read_checkpoint
@@ -17,6 +20,7 @@ from qtrain.console import say
 from qtrain.errors import ConfigError
 from qtrain.files import read_json, sweep, write_json
 from qtrain.report.write import write_report
+from qtrain.training.first_batch import AtFirstBatch
 from qtrain.training.image_quantization import (
     diagnostics,
     quantization,
@@ -41,7 +45,6 @@ from qtrain.vision.datamodule import ImageData
 from qtrain.vision.files import find_weights
 from qtrain.vision.resnet import ResNet
 from qtrain.vision.weights import load_weights, save_weights
-from torch import nn
 
 ACTIVATIONS = {"relu": nn.ReLU, "relu6": nn.ReLU6}
 
@@ -100,8 +103,9 @@ def fit(config: VisionConfig, run: RunDirectory) -> dict[str, Any]:
     sweep(run.path)
     if checkpoint is None:
         run.clear()
-    save_config(config, run.config)
-    write_json(run.result("data"), data.summary())
+        _adopt(config, run, data)
+    else:
+        trainer.callbacks.append(AtFirstBatch(partial(_adopt, config, run, data)))  # type: ignore[attr-defined]
     own = read_checkpoint(str(checkpoint)).get(KEY, {}) if checkpoint else {}
     trainer.loggers = loggers(config, run.path, step, own.get("row"))
     if checkpoint is None:
@@ -145,6 +149,12 @@ def fit(config: VisionConfig, run: RunDirectory) -> dict[str, Any]:
         write_json(run.result("fit"), figures)  # only now is there nothing left to go on with
         write_report(run.path)
     return figures
+
+
+def _adopt(config: VisionConfig, run: RunDirectory, data: ImageData) -> None:
+    """What this run is from now on."""
+    save_config(config, run.config)
+    write_json(run.result("data"), data.summary())
 
 
 def _check_length(trainer: L.Trainer) -> None:

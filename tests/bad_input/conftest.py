@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 
 import qtrain
 from qtrain.cli import main
+from qtrain.console import hush
 from qtrain.errors import QtrainError
 
 Change = Callable[[Path], object]
@@ -40,7 +42,12 @@ def has_parts(message: str, what: str, where: str, rule: str, fix: str) -> None:
     first = [line for line in lines if not line.startswith(("  rule: ", "  try:  "))]
     rules = [line for line in lines if line.startswith("  rule: ")]
     fixes = [line for line in lines if line.startswith("  try:  ")]
-    for part, found, name in ((what, first, "what"), (where, first, "where"), (rule, rules, "rule"), (fix, fixes, "fix")):
+    for part, found, name in (
+        (what, first, "what"),
+        (where, first, "where"),
+        (rule, rules, "rule"),
+        (fix, fixes, "fix"),
+    ):
         assert part, f"a case names the {name} it expects"
         assert any(part in line for line in found), f"{name}: {part!r} is not in\n{message}"
 
@@ -102,7 +109,9 @@ def refused(place: Path, tiny_llama_dir: Path, capfd: pytest.CaptureFixture[str]
 def raised(place: Path) -> Callable[..., QtrainError]:
     """Call what must raise a typed error with these parts."""
 
-    def call(kind: type[QtrainError], function: Callable[[], object], *, what: str, where: str, rule: str, fix: str) -> QtrainError:
+    def call(
+        kind: type[QtrainError], function: Callable[[], object], *, what: str, where: str, rule: str, fix: str
+    ) -> QtrainError:
         before = tree(place)
         with pytest.raises(kind) as caught:
             function()
@@ -132,5 +141,7 @@ def finished_run(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory)
         f"run.dir={folder / 'run'}",
         "run.save_every=1",
     )
-    qtrain.fit(config)
+    with warnings.catch_warnings():
+        hush()  # as the command line does
+        qtrain.fit(config)
     return folder / "run"

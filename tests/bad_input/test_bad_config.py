@@ -11,9 +11,7 @@ import pytest
 
 SUBMIT = ["fit", "recipe=r.yaml"]
 CASES: dict[str, dict[str, Any]] = {
-    "verb": dict(
-        words=["fitt"], what="'fitt' is no verb", where="fitt", rule="qtrain VERB", fix="did you mean 'fit'?"
-    ),
+    "verb": dict(words=["fitt"], what="'fitt' is no verb", where="fitt", rule="qtrain VERB", fix="did you mean 'fit'?"),
     "section": dict(
         words=["fit", "modle.path=x"],
         what="'modle' is no section",
@@ -154,10 +152,20 @@ CASES: dict[str, dict[str, Any]] = {
         fix="`qtrain recipes`",
     ),
     "recipe that is a list": dict(
-        words=SUBMIT, files={"r.yaml": "- run\n"}, what="no mapping", where="r.yaml", rule="mapping", fix="RUN/config.yaml"
+        words=SUBMIT,
+        files={"r.yaml": "- run\n"},
+        what="no mapping",
+        where="r.yaml",
+        rule="mapping",
+        fix="RUN/config.yaml",
     ),
     "recipe that is a word": dict(
-        words=SUBMIT, files={"r.yaml": "run\n"}, what="no mapping", where="r.yaml", rule="mapping", fix="RUN/config.yaml"
+        words=SUBMIT,
+        files={"r.yaml": "run\n"},
+        what="no mapping",
+        where="r.yaml",
+        rule="mapping",
+        fix="RUN/config.yaml",
     ),
     "recipe with a tab": dict(
         words=SUBMIT,
@@ -225,4 +233,4 @@ def test_the_same_from_a_shell(tmp_path: Path) -> None:
         )
         assert (found.returncode, found.stdout) == (2, "")
         assert found.stderr.startswith("error ") and "Traceback" not in found.stderr
-        assert case["what"] in found.stderr and f"  try:  " in found.stderr
+        assert case["what"] in found.stderr and "  try:  " in found.stderr

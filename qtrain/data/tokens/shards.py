@@ -105,7 +105,7 @@ def _ids(content: bytes, shard: Shard, manifest: Manifest, path: Path, again: st
     try:
         np.lib.format.read_magic(stream)
         found = np.lib.format.read_array_header_1_0(stream)
-    except (ValueError, TypeError, SyntaxError) as error:
+    except Exception as error:  # NumPy reads a header as a literal of Python: its tokenizer has errors of its own
         raise DataError(f"it is no NumPy array: {error}", where=str(path), rule=RULE, fix=again) from None
     size = shard.rows * origin.length * expected[2].itemsize
     if found != expected or len(content) - stream.tell() != size:
