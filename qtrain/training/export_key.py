@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from qtrain import __version__
 from qtrain.config.schema import Config
 from qtrain.data.sources import locate
 from qtrain.models.fingerprint import fingerprint
 from qtrain.models.source import find_model
 from qtrain.training.run_directory import RunDirectory
+from qtrain.version import VERSION
 
 WITHOUT_EFFECT = ("dir", "evaluate", "evaluate_windows", "verify")
 """Keys of ``export.*`` that no written byte depends on."""
@@ -28,7 +28,7 @@ def export_key(config: Config, run: RunDirectory) -> str:
     """
     section = config.model
     known: dict[str, Any] = {
-        "qtrain": __version__,
+        "qtrain": VERSION,
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "config": config.model_dump(mode="json", include={"model", "method", "data", "distill"}),
