@@ -42,7 +42,7 @@ METHODS: dict[str, list[str]] = {
         "method.kv_cache={format: int8, share: per_head}",
     ],
     "QAT FP8": [*QAT, "method.weight.format=fp8_e4m3", "method.activation.format=fp8_e4m3"],
-    "QAT ternary g256": [*QAT, "method.weight={format: ternary, group_size: 256}", "export.format=gguf"],
+    "QAT ternary g64": [*QAT, "method.weight={format: ternary, group_size: 64}", "export.format=merged"],
     "fq(W + BA) W4 g64": [*QAT, "method.weight={format: int4, group_size: 64}", "method.lora={r: 8}"],
     "PEQA W4 g64": [*PEQA, "method.weight={format: int4, group_size: 64, symmetric: false}"],
     "PEQA W3 g64": [*PEQA, "method.weight={format: int3, group_size: 64}"],
