@@ -75,8 +75,8 @@ class NanGuard(Callback):
         raise ModelError(
             f"the loss is {losses[bad[0]].item()} at {_position(trainer, batch_idx)}; "
             + _first_bad_output(trainer, pl_module, batch, batch_idx),
-            rule=_last_good(trainer),
-            fix="a lower learning rate, gradient_clip_val=1.0, or a look at that batch",
+            rule="no step is taken on a loss that is not finite",
+            fix=f"a lower learning rate, gradient_clip_val=1.0, or a look at that batch{_last_good(trainer)}",
         )
 
     def _refuse_gradients(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -87,8 +87,9 @@ class NanGuard(Callback):
         raise ModelError(
             f"the loss is finite but {len(bad)} of {len(gradients)} gradients are not at "
             f"{_position(trainer, self._batch[1])}; {nearest}",
-            rule=_last_good(trainer),
-            fix="gradient_clip_val does not cure this; look for a root, a logarithm or a division at 0 in that layer",
+            rule="no step is taken on gradients that are not finite",
+            fix="gradient_clip_val does not cure this; look for a root, a logarithm or a division at 0 in that layer"
+            + _last_good(trainer),
         )
 
 
@@ -96,19 +97,19 @@ def _position(trainer: Trainer, batch_idx: int) -> str:
     return f"step {trainer.global_step} (epoch {trainer.current_epoch}, batch {batch_idx})"
 
 
-def _last_good(trainer: Trainer) -> str | None:
-    """Where training can go on from: the newest checkpoint of finite weights."""
+def _last_good(trainer: Trainer) -> str:
+    """Where training can go on from: the newest checkpoint of finite weights; empty where none are written."""
     directory = getattr(trainer.checkpoint_callback, "dirpath", None)
     if directory is None:
-        return None
+        return ""
     for path in reversed(checkpoints(Path(directory))):
         try:
             weights = read_checkpoint(str(path))["state_dict"].values()
         except CheckpointError:
             continue
         if all(bool(weight.isfinite().all()) for weight in weights if weight.is_floating_point()):
-            return f"no step is taken with it; the last good checkpoint is {path}"
-    return "no step is taken with it; there is no checkpoint yet"
+            return f"; the last good checkpoint is {path}"
+    return "; there is no good checkpoint yet"
 
 
 class _Found(Exception):
