@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qtrain.errors import CheckpointError
+
 SENTENCE = "this checkpoint is quantized: add qtrain.callbacks."
 WAY_OUT = " to the trainer's callbacks, or call its prepare(module) before load_state_dict"
 
@@ -28,12 +30,25 @@ def mark(state_dict: MutableMapping[str, Any], made_by: str, step: int) -> None:
 
 
 def take_mark(state_dict: MutableMapping[str, Any], prefix: str = "") -> tuple[dict[str, Any], int] | None:
-    """Remove the entry; (options of the call, step), or None where there is no such entry."""
+    """Remove the entry; (options of the call, step), or None where there is no such entry.
+
+    Raises:
+        CheckpointError: it is no call of literals; nothing of it is run.
+    """
     start = prefix + SENTENCE
     found = next((key for key in state_dict if key.startswith(start)), None)
     if found is None:
         return None
     step: Tensor = state_dict.pop(found)
-    made_by = ast.parse(found.removeprefix(start).removesuffix(WAY_OUT), mode="eval").body
-    assert isinstance(made_by, ast.Call)
-    return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in made_by.keywords}, int(step)
+    try:
+        made_by = ast.parse(found.removeprefix(start).removesuffix(WAY_OUT), mode="eval").body
+        if not isinstance(made_by, ast.Call) or not isinstance(made_by.func, ast.Name) or made_by.args:
+            raise ValueError("no call by keywords")
+        return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in made_by.keywords}, int(step)
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
+        raise CheckpointError(
+            f"its mark cannot be read: {error}",
+            where=f"checkpoint: {found[:100]}",
+            rule="it says how it was quantized, as a call of literals",
+            fix="save it again with QuantizationAwareTraining among the trainer's callbacks",
+        ) from None

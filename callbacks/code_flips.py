@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from qtrain.callbacks.layer_diagnostic import Figures, LayerDiagnostic
+from qtrain.errors import ConfigError
 from qtrain.modules.quant_linear import QuantLinear
 from qtrain.modules.quantizer import Quantizer
 from qtrain.modules.quantizers import quantized_weights, weight_of
@@ -55,6 +56,13 @@ class CodeFlips(LayerDiagnostic):
         self, every_n_steps: int = 10, *, momentum: float = 0.01, freeze_above: float | None = None, **keys: Any
     ) -> None:
         super().__init__(every_n_steps, **keys)
+        if not 0 < momentum <= 1:
+            raise ConfigError(
+                f"momentum={momentum}",
+                where=type(self).__name__,
+                rule="the weight of the last look in a running share: between 0 and 1",
+                fix="momentum=0.01",
+            )
         self.momentum, self.freeze_above = momentum, freeze_above
         self._swings: dict[str, Swing] = {}
 

@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
+from qtrain.callbacks.periods import check_period
 from qtrain.files import atomic_file
 
 COLUMNS = ["step", "diagnostic", "layer", "value"]
@@ -34,6 +35,7 @@ class LayerDiagnostic(Callback, ABC):
     """
 
     def __init__(self, every_n_steps: int = 50, dir: str | Path | None = None) -> None:
+        check_period(self, every_n_steps)
         self.every_n_steps, self.dir = every_n_steps, dir
         self._last_step = 0
         self._file: DiagnosticsFile | None = None

@@ -97,7 +97,8 @@ class ModulePreparation:
         place = self.watch(module)
         if place.options and (different := _differences(place.options, self.options)):
             raise ModelError(
-                f"this module was quantized with other {', '.join(different)}",
+                f"this {type(module).__name__} was quantized with other {', '.join(different)}",
+                rule="a module is quantized once",
                 fix="a module that was made anew, or the options of the first time",
             )
         prepared = Prepared({})
@@ -153,7 +154,12 @@ def _prepare_kv(module: nn.Module, section: KVCacheSection) -> None:
         if isinstance(part, PreTrainedModel) and not inside and any(True for _ in attention_modules(part)):
             models.append(part)
     if not models:
-        raise ModelError(f"{type(module).__name__} holds no transformers decoder", where="kv_cache")
+        raise ModelError(
+            f"{type(module).__name__} holds no transformers decoder",
+            where="kv_cache",
+            rule="keys and values are those of a causal language model of transformers",
+            fix="kv_cache=None",
+        )
     for model in models:
         if not any(True for _ in kv_quantizers(model)):
             prepare_kv(model, section)

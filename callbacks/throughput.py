@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from qtrain.callbacks.periods import check_period
 from qtrain.evaluation.flops import flops_per_token, peak_flops
 
 
@@ -30,6 +31,7 @@ class Throughput(Callback):
     """
 
     def __init__(self, every_n_steps: int = 10, warmup_steps: int = 3) -> None:
+        check_period(self, every_n_steps)
         self.every_n_steps, self.warmup_steps = every_n_steps, warmup_steps
         self.peak_gib: float | None = None
         self._tokens_rates: list[float] = []

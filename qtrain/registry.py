@@ -49,7 +49,8 @@ class Registry(Generic[T]):
     def get(self, name: str) -> T:
         """The entry of that name, imported if need be."""
         if name not in self._entries:
-            raise ConfigError(f"{name!r} is no {self.kind}", fix=did_you_mean(name, self._entries))
+            rule = f"{self.kind}: {', '.join(self._entries)}"
+            raise ConfigError(f"{name!r} is no {self.kind}", rule=rule, fix=did_you_mean(name, self._entries))
         entry = self._entries[name]
         if isinstance(entry, str):
             resolved: T = resolve(entry)

@@ -115,7 +115,12 @@ def explained(make: Callable[[], T], where: str) -> T:
     try:
         return make()
     except ValidationError as error:
-        raise ConfigError("; ".join(_problems(error)), where=where) from None
+        raise ConfigError(
+            "; ".join(_problems(error)),
+            where=where,
+            rule="options have the names and values of method.* in a recipe",
+            fix="`qtrain fit method.name=qat --help` lists them",
+        ) from None
 
 
 def _at_an_end(options: Options, format: str, pact: QuantizerSection | None) -> Options:
