@@ -27,7 +27,7 @@ class LayerDiagnostic(Callback, ABC):
 
     Loggers get ``quantization/<diagnostic>``, the mean over layers, with the largest and the smallest; W&B a histogram
     as well; every layer's figure goes to ``DIR/diagnostics.csv``, from which the report draws. All layers are waited
-    for at once.
+    for at once. Of several processes, each figure is their mean.
 
     Args:
         every_n_steps: between two looks.
@@ -65,9 +65,14 @@ class LayerDiagnostic(Callback, ABC):
     def write(self, trainer: Trainer, figures: Figures) -> None:
         """Log and write what was measured after this step."""
         flat = [(diagnostic, layer, one) for diagnostic, layers in figures.items() for layer, one in layers.items()]
-        if not flat or not trainer.is_global_zero:
+        if not flat:
             return
-        values = torch.stack([one.detach().to(torch.float32).reshape(()) for _, _, one in flat]).tolist()
+        stacked = torch.stack([one.detach().to(torch.float32).reshape(()) for _, _, one in flat])
+        if trainer.world_size > 1:  # each process has seen activations of its own rows
+            stacked = trainer.strategy.reduce(stacked, reduce_op="mean")
+        if not trainer.is_global_zero:
+            return
+        values = stacked.tolist()
         rows = [(diagnostic, layer, value) for (diagnostic, layer, _), value in zip(flat, values, strict=True)]
         # The loop's own counter, as in Lightning's monitors: the row that holds this step's loss.
         step = trainer.fit_loop.epoch_loop._batches_that_stepped

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
@@ -18,6 +19,7 @@ from qtrain.callbacks.checkpoint_files import checkpoints
 from qtrain.callbacks.trainable_checkpoint import read_checkpoint
 from qtrain.callbacks.training_batches import untracked
 from qtrain.errors import CheckpointError, ModelError
+from qtrain.training.processes import gather, size
 
 
 class NanGuard(Callback):
@@ -61,18 +63,31 @@ class NanGuard(Callback):
         checked = [] if scaled else parameters
         # The largest magnitude, not the 2-norm: squares overflow where the gradients themselves are still finite.
         norm = torch.nn.utils.get_total_norm([p.grad for p in checked if p.grad is not None], norm_type=math.inf)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         losses = torch.stack(self._losses) if self._losses else torch.zeros(1)
-        if not torch.isfinite(losses.sum().to(norm.device) + norm):
+        bad = (~torch.isfinite(losses.sum().to(norm.device) + norm)).float()
+        if size() > 1:  # all stop, or none: one alone would be waited for
+            bad = trainer.strategy.reduce(bad, reduce_op="max")
+        if bad:
             self._refuse_loss(trainer, pl_module, losses)
             self._refuse_gradients(trainer, pl_module)
         self._losses, self._batches = [], []
 
     def _refuse_loss(self, trainer: Trainer, pl_module: LightningModule, losses: Tensor) -> None:
+        own = self._loss_error(trainer, pl_module, losses)
+        told = gather(None if own is None else own.what)
+        if own is not None:
+            raise own
+        for rank, message in enumerate(told):
+            if message is not None:
+                raise ModelError(f"in process {rank} {message}", rule=_last_good(trainer))
+
+    def _loss_error(self, trainer: Trainer, pl_module: LightningModule, losses: Tensor) -> ModelError | None:
         bad = (~losses.isfinite()).nonzero().flatten().tolist()
         if not bad:
-            return
+            return None
         batch, batch_idx = self._batches[bad[0]]
-        raise ModelError(
+        return ModelError(
             f"the loss is {losses[bad[0]].item()} at {_position(trainer, batch_idx)}; "
             + _first_bad_output(trainer, pl_module, batch, batch_idx),
             rule="no step is taken on a loss that is not finite",
@@ -120,6 +135,8 @@ def _first_bad_output(trainer: Trainer, pl_module: LightningModule, batch: Any, 
     """Run the batch once more and tell the first module whose output is not finite."""
     if not pl_module.automatic_optimization:
         return "with manual optimization the batch cannot be run again to find the layer"
+    if any(isinstance(parameter, DTensor) for parameter in pl_module.parameters()):
+        return "the model is sharded, and one process cannot run the batch again to find the layer"
     try:
         with _watched(pl_module), untracked(pl_module), torch.no_grad(), trainer.precision_plugin.train_step_context():
             pl_module.training_step(batch, batch_idx)

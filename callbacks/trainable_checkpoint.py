@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from qtrain.callbacks.checkpoint_files import KEY, CheckpointFiles, best_checkpoint, check, checkpoints, damaged, retain
 from qtrain.errors import CheckpointError
 from qtrain.files import sweep
+from qtrain.training.processes import gather
 from qtrain.training.random_state import random_state, set_random_state
 
 
@@ -97,7 +98,7 @@ class TrainableCheckpoint(ModelCheckpoint):
         loss = self._validated[1] if self._validated and self._validated[0] == trainer.global_step else None
         checkpoint[KEY] = {
             "fingerprint": self._fingerprint(pl_module),
-            "random_state": random_state(),
+            "random_states": gather(random_state()),
             "val_loss": loss,
             "row": self._row,
             "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
@@ -120,7 +121,9 @@ class TrainableCheckpoint(ModelCheckpoint):
                 where=where,
                 fix="set model.path (and model.revision) to the base of that run",
             )
-        self._random_state = own["random_state"]
+        states, rank = own["random_states"], trainer.global_rank
+        # Of as many processes each has its own; another number of them draws other numbers in any case.
+        self._random_state = states[rank] if len(states) == trainer.world_size or not rank else None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Put the random states back as late as can be: setting up loaders and models has drawn from them."""

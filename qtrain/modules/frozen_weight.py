@@ -71,9 +71,7 @@ class FourBit(Dequantized):
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """W, overwritten by the next one."""
-        words = self._layer.weight
-        assert isinstance(words, bnb.nn.Params4bit)
-        state = words.quant_state
+        words, state = self._layer.weight, self._layer.quant_state  # gathered under FSDP2, a weight has no state
         stored = torch.float32 if dtype == torch.float64 else dtype
         # bitsandbytes' kernels for CPUs write into memory of their own alone.
         out = self._workspace.take(tuple(state.shape), stored, words.device) if words.is_cuda else None
@@ -134,6 +132,7 @@ def frozen_weight(layer: nn.Module, workspace: Workspace, dequantize: Dequantize
         state = getattr(layer.weight, "quant_state", None)
         if state is None or getattr(state, "packing_format_for_cpu", False):
             return "4-bit weights in a layout of their own"
+        layer.quant_state = state
         return FourBit(layer, workspace, dequantize)
     if isinstance(layer, bnb.nn.Linear8bitLt):
         if layer.weight.is_cuda:

@@ -34,6 +34,7 @@ from qtrain.training.first_batch import AtFirstBatch
 from qtrain.training.module import LanguageModule
 from qtrain.training.optimizers import state_bytes
 from qtrain.training.run_directory import RunDirectory
+from qtrain.training.sharding import ShardedStrategy, unshard
 from qtrain.training.tracking import close, log_artifacts, log_recovery, loggers
 from qtrain.training.trainer import (
     device_name,
@@ -130,6 +131,8 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
         if trainer.is_global_zero:
             write_json(run.result("baselines"), {"baselines": baselines, "before": before})
     processes.agree(module.model)
+    if isinstance(trainer.strategy, ShardedStrategy):
+        module.shard(trainer.strategy.device_mesh["data_parallel"])
     processes.seed_apart(config.run.seed)
     say(f"to {goal(trainer)}, from {f'step {step}' if checkpoint else 'the start'}", title="training")
     trained_from = time.monotonic()
@@ -162,6 +165,7 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
         "base": config.model.path,
         "base_fingerprint": module.base_fingerprint,
     }
+    unshard(module.model)
     if trainer.is_global_zero:
         trained = run.path / module.method.artifact
         with atomic_directory(trained) as whole:

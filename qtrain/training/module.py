@@ -13,6 +13,8 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qtrain.config.schema import Config
@@ -41,6 +43,7 @@ from qtrain.training.optimizers import build_optimizer, build_schedule
 from qtrain.training.recompute import Recompute
 from qtrain.training.recompute_budget import settle
 from qtrain.training.recompute_retry import AccumulationWindow
+from qtrain.training.sharding import as_forward, local, shard
 from qtrain.training.teacher_cache import cached_logits, training_rows
 
 
@@ -108,6 +111,15 @@ class LanguageModule(L.LightningModule):
     def read_packed(self, directory: Path) -> None:
         """Take the packed base there instead of quantizing one."""
         self._packed = directory
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Keep a share of the weights in each process of ``mesh``; to be called once ranges are found."""
+        assert self.model is not None and self.recompute is not None
+        assert self._loss is not None and self._objective is not None
+        plain = self.method.plain_model(self.model)
+        shard(plain, self.recompute.layers, mesh)
+        self._loss = as_forward(plain, "held_out_loss", self._loss)
+        self._objective = as_forward(plain, "objective", self._objective)
 
     def configure_model(self) -> None:
         """Load, quantize, add what trains: once, on the device of the strategy."""
@@ -241,6 +253,9 @@ class LanguageModule(L.LightningModule):
             lambda: self.trainer.accumulate_grad_batches,
             alone=self.trainer.world_size == 1,
         )
+        if isinstance(self.trainer.strategy.model, DistributedDataParallel):
+            # No step changes a buffer, and packed zero points are buffers: DDP would send them all before each forward.
+            self.trainer.strategy.model.broadcast_buffers = False
         self.method.drop_baselines()
         if self.config.distill.cached or self.config.distill.loss == "none":
             self._twin = None
@@ -270,7 +285,7 @@ class LanguageModule(L.LightningModule):
         loss, tokens = total[0], total[1].clamp(min=1)
         # Lightning divided each loss by the number of micro-batches, and DDP averages over ranks: both undone here.
         scale = (self.trainer.accumulate_grad_batches * world / tokens).float()
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        gradients = [local(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         torch._foreach_mul_(gradients, scale)
         self.log("train/loss", (loss / tokens).float(), prog_bar=True)
         self.log("train/lr", float(optimizer.param_groups[0]["lr"]))

@@ -19,6 +19,7 @@ from qtrain.errors import ConfigError
 from qtrain.models.dtype import resolve_dtypes
 from qtrain.training.processes import started_by
 from qtrain.training.run_directory import RunDirectory
+from qtrain.training.sharding import ShardedStrategy
 
 
 def trainer_arguments(config: RunConfig, **preferred: Any) -> dict[str, Any]:
@@ -57,6 +58,8 @@ def trainer_arguments(config: RunConfig, **preferred: Any) -> dict[str, Any]:
         "enable_progress_bar": sys.stderr.isatty(),
         "use_distributed_sampler": False,  # the data modules take the rank's share themselves
     }
+    if given.get("strategy") == "fsdp2":
+        given["strategy"] = ShardedStrategy()
     started = started_by(os.environ)
     if started is not None:
         defaults |= {"devices": started[0], "num_nodes": started[1]}
