@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import bitsandbytes as bnb
-import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -76,9 +75,9 @@ class ShardedStrategy(ModelParallelStrategy):
 def shard(plain: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh) -> None:
     """Let each process keep its rows of every parameter: of each decoder layer, and of what is around them.
 
-    A layer that runs has its weights whole, as they were: per-row scales are those of the whole weight, and packed codes
-    travel as the bytes that they are. No dtype is changed on the way. (bitsandbytes #1945: as bf16 storage, codes that
-    read as NaN came back as another NaN; as uint8, which qtrain stores them in, they are nothing but bytes.)
+    A layer that runs has its weights whole, as they were: per-row scales are those of the whole weight. Packed codes are
+    shared out as the uint8 and int32 that they are, and no dtype is changed on the way; stored as bf16, codes that read
+    as NaN were reported to come back as another NaN (bitsandbytes #1945).
 
     Args:
         plain: the transformers model.
