@@ -19,6 +19,7 @@ from benchmarks.gpu.checkpoint import MODEL, TOKENS
 from benchmarks.gpu.measure import Case, Figures, median_rate, peak_gib, quiet, random_batches, run, shape_of
 from benchmarks.gpu.measure import sizes, time_steps
 from benchmarks.gpu.models import DTYPE, ON_GPU
+from benchmarks.gpu.qlora_words import qlora_words
 from benchmarks.gpu.shapes import LLAMA_7B
 from benchmarks.gpu.training import fit_command
 
@@ -32,18 +33,10 @@ def ours(asked: argparse.Namespace, *, recompute: str, compute: str = "auto") ->
     words = [
         *(f"model.path={asked.work / MODEL}", f"data.train={asked.work / TOKENS}"),
         *(f"data.max_length={size.length}", f"data.batch_size={size.rows}"),
-        *qlora_words(recompute),
+        *(*qlora_words(), "trainer.gradient_clip_val=0.3", f"run.recompute={recompute}"),
         *(f"method.compute_dtype={compute}", f"trainer.max_steps={size.warm + size.steps}"),
     ]
     return fit_command(words, asked, shape_of(LLAMA_7B, asked).flops_per_token(trains=False), warm=size.warm)
-
-
-def qlora_words(recompute: str) -> list[str]:
-    """The keys that all of our QLoRA rows share."""
-    return [
-        *(f"method.r={RANK}", "optimizer.name=paged_adamw_8bit", "trainer.gradient_clip_val=0.3"),
-        f"run.recompute={recompute}",
-    ]
 
 
 def peft_model(asked: argparse.Namespace) -> PeftModel:

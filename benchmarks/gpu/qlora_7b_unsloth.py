@@ -1,6 +1,6 @@
 """QLoRA of a 7B Llama from a checkpoint, as unsloth does it; the work of qlora_7b.
 
-    python -m benchmarks.gpu.checkpoint && python -m benchmarks.gpu.qlora_7b_unsloth CASE [--tiny] [--work DIR]
+python -m benchmarks.gpu.checkpoint && python -m benchmarks.gpu.qlora_7b_unsloth CASE [--tiny] [--work DIR]
 """
 
 from __future__ import annotations

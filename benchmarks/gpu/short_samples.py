@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from functools import partial
-from itertools import batched, islice
+from itertools import islice
 from typing import Any
 
 import bitsandbytes as bnb
@@ -29,7 +29,8 @@ from benchmarks.gpu.checkpoint import MODEL
 from benchmarks.gpu.measure import Case, Figures, NotHere, mean_rate, peak_gib, quiet, run, shape_of, sizes
 from benchmarks.gpu.measure import synchronize, time_steps
 from benchmarks.gpu.models import ON_GPU
-from benchmarks.gpu.qlora_7b import peft_model, qlora_words
+from benchmarks.gpu.qlora_7b import peft_model
+from benchmarks.gpu.qlora_words import qlora_words
 from benchmarks.gpu.shapes import LLAMA_7B
 from benchmarks.gpu.training import fit_command
 
@@ -56,14 +57,17 @@ def ours(asked: argparse.Namespace, *, recompute: str) -> Figures:
             lines.write(json.dumps({"text": " ".join(f"w{i}" for i in ids[:-1])}) + "\n")  # and the end of the text
     words = [
         *(f"model.path={asked.work / MODEL}", f"data.train={file}", f"data.max_length={size.length}"),
-        *(f"data.batch_size={size.rows}", *qlora_words(recompute), f"trainer.max_steps={size.warm + size.steps}"),
+        *(f"data.batch_size={size.rows}", *qlora_words(), f"trainer.max_steps={size.warm + size.steps}"),
+        *("trainer.gradient_clip_val=0.3", f"run.recompute={recompute}"),
     ]
     return fit_command(words, asked, shape_of(LLAMA_7B, asked).flops_per_token(trains=False), warm=size.warm)
 
 
 def padded(asked: argparse.Namespace) -> Iterator[Batch]:
     """Micro-batches of 16 in the order of the samples, as long as their longest."""
-    for group in batched(samples(asked), IN_A_BATCH):
+    drawn = samples(asked)
+    for start in range(0, len(drawn), IN_A_BATCH):
+        group = drawn[start : start + IN_A_BATCH]
         lengths = torch.tensor([len(ids) for ids in group])
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
         ids = torch.zeros(mask.shape, dtype=torch.int64).masked_scatter(mask, torch.tensor(sum(group, [])))
@@ -90,9 +94,7 @@ def peft(asked: argparse.Namespace, *, batches: Any, steps: int) -> Figures:
     warm, steps = (1, 2) if asked.tiny else (3, steps)
     model = peft_model(asked)
     optimizer = bnb.optim.PagedAdamW8bit([p for p in model.parameters() if p.requires_grad], lr=2e-4)
-    found = time_steps(
-        islice(batches(asked), warm + steps), lambda batch: model(**batch).loss, optimizer, warm=warm
-    )
+    found = time_steps(islice(batches(asked), warm + steps), lambda batch: model(**batch).loss, optimizer, warm=warm)
     said = [f"attention {model.config._attn_implementation}, recomputation by torch.utils.checkpoint"]
     flops = shape_of(LLAMA_7B, asked).flops_per_token(trains=False)
     return Figures(mean_rate(*found), peak_gib(), flops, said, {"counted_steps": len(found[0])})
@@ -123,6 +125,8 @@ def trl(asked: argparse.Namespace) -> Figures:
         from trl import SFTConfig, SFTTrainer
     except (ImportError, RuntimeError) as error:
         raise NotHere(f"trl: {' '.join(str(error).split())[:200]}") from None
+    if asked.tiny and not ON_GPU:
+        raise NotHere("trl: its SFTTrainer computes the loss in Triton, on a GPU")
     size = sizes(asked)
     config = SFTConfig(
         output_dir=str(asked.work / "trl"),

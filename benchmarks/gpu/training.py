@@ -120,4 +120,3 @@ def counted(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """With the counts that the data module gives."""
     labels = batch["labels"]
     return {**batch, "tokens": torch.tensor(labels.numel()), "loss_tokens": (labels[:, 1:] != -100).sum()}
-
