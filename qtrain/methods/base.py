@@ -48,6 +48,7 @@ def load_base(
             f"method.{method.codes_key}={KEPT} keeps the codes of a quantized checkpoint, and model.path holds "
             "16-bit weights",
             where=source.location,
+            rule="codes are kept where there are any",
             fix="a GPTQ, AWQ or compressed-tensors directory as model.path, or "
             + ("method.base=nf4" if method.takes_codebooks else "method.init=gptq"),
         )

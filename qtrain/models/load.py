@@ -29,6 +29,8 @@ from qtrain.models.source import ModelSource, find_model
 def load_tokenizer(section: ModelSection, source: ModelSource | None = None) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a pad token (the end-of-text token where the model has none of its own)."""
     source = source or find_model(section)
+    if source.kind == "directory":
+        read_header(Path(source.location))  # a configuration that is none would be told as a tokenizer's
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             **source.loader_arguments, revision=_revision(section), trust_remote_code=section.trust_remote_code

@@ -7,6 +7,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 
 # Loading libraries takes seconds; what is measured below is the answer.
@@ -145,3 +146,22 @@ def finished_run(tiny_llama_dir: Path, tmp_path_factory: pytest.TempPathFactory)
         hush()  # as the command line does
         qtrain.fit(config)
     return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def exported(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """That run in a format, written once; to be copied before it is damaged."""
+    folder = tmp_path_factory.mktemp("exported")
+
+    @cache
+    def export(name: str) -> Path:
+        grouped = [] if name in ("gguf", "merged") else ["export.group_size=32"]
+        with warnings.catch_warnings():
+            words = [f"run.dir={finished_run}", f"export.format={name}", f"export.dir={folder / name}", *grouped]
+            before = (finished_run / "export.json").exists()
+            assert main(["export", *words, "export.evaluate=false", "export.verify=false"]) == 0
+            if not before:
+                (finished_run / "export.json").unlink()
+        return folder / name
+
+    return export

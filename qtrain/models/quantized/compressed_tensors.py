@@ -75,7 +75,7 @@ def _schemes(header: Mapping[str, Any], tensors: TensorFiles) -> dict[str, Quant
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        raise ModelError(f"{key}: {first['msg']}", where=where, rule="as compressed-tensors has it") from None
+        raise ModelError(f"{key}: {first['msg']}", where=where, rule="as compressed-tensors has it", fix=FIX) from None
     schemes = {}
     for scheme in config.config_groups.values():
         assert isinstance(scheme, QuantizationScheme)  # names of presets are resolved by the validation
@@ -107,6 +107,7 @@ def _scheme_of(
             where=str(tensors.directory),
             rule="a group's targets name the layer, match it with re:, or name its class; there is: "
             + ", ".join(schemes),
+            fix=FIX,
         )
     return schemes[found[0]]
 
@@ -257,6 +258,7 @@ def _check_range(codes: Tensor, spec: QuantSpec, where: str) -> None:
             f"numbers from {low} to {high}",
             where=where,
             rule=f"{spec.bits} bits hold {spec.quant_min} .. {spec.quant_max}",
+            fix=FIX,
         )
 
 

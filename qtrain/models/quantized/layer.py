@@ -16,6 +16,8 @@ from qtrain.numerics.spec import QuantSpec, ScaleDtype
 
 SCALE_NAMES: dict[torch.dtype, ScaleDtype] = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
+FIX = "correct quantization_config in config.json, or start from the 16-bit model"
+
 
 @dataclass(frozen=True)
 class InputScheme:
@@ -125,5 +127,5 @@ def whole(header: Mapping[str, Any], keys: tuple[str, ...], allowed: Collection[
     value = next((header[key] for key in keys if header.get(key) is not None), None)
     if not isinstance(value, int) or isinstance(value, bool) or (allowed is not None and value not in allowed):
         among = f"one of {', '.join(map(str, allowed))}" if allowed is not None else "a whole number"
-        raise ModelError(f"{keys[0]}={value!r}", where="quantization_config", rule=f"{keys[0]} is {among}")
+        raise ModelError(f"{keys[0]}={value!r}", where="quantization_config", rule=f"{keys[0]} is {among}", fix=FIX)
     return value

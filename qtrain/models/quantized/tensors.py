@@ -26,6 +26,7 @@ DTYPE_NAMES = {
 }
 AHEAD = 2**27
 """Bytes behind a tensor that are read with it: those of its neighbours, in the same layer as a rule."""
+FIX = "download the directory again, or correct quantization_config in config.json"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -112,12 +113,13 @@ class TensorFiles:
         """
         found = self.shape(name)
         if found != shape:
-            raise ModelError(f"{name} of shape {found}", where=self.where(name), rule=f"{weight} has {shape}")
+            raise ModelError(f"{name} of shape {found}", where=self.where(name), rule=f"{weight} has {shape}", fix=FIX)
         if self.dtype(name) not in dtypes:
             raise ModelError(
                 f"{name} in {self._slice(name).get_dtype()}",
                 where=self.where(name),
                 rule="stored as " + " or ".join(DTYPE_NAMES[dtype] for dtype in dtypes),
+                fix=FIX,
             )
 
     def metadata(self) -> dict[str, str]:
@@ -139,7 +141,7 @@ class TensorFiles:
         """A tensor of scales, all finite."""
         scale = self.get(name)
         if not bool(scale.isfinite().all()):
-            raise ModelError(f"{name} holds NaN or inf", where=self.where(name), rule="scales are finite")
+            raise ModelError(f"{name} holds NaN or inf", where=self.where(name), rule="scales are finite", fix=FIX)
         return scale
 
     def where(self, name: str) -> str:
