@@ -8,12 +8,14 @@ from pydantic import Field, field_validator, model_validator
 
 from qtrain.errors import ConfigError
 from qtrain.numerics.bounds import bounds_of
+from qtrain.numerics.observers.registry import OBSERVERS
 from qtrain.numerics.spec import BITS, Convention, Granularity, QuantSpec, ScaleDtype
 from qtrain.registry import did_you_mean
 from qtrain.section import Section
 
 Range = Literal["dynamic", "static", "learned", "pact"]
-Calibrate = Literal["min_max", "moving_average", "percentile", "mse", "kl", "lsq"]
+STARTS = ("lsq", "mse", "min_max")
+"""Values of ``calibrate`` that need no observer to start a weight's range; every observer is a value too."""
 
 
 class QuantizerSection(Section):
@@ -33,9 +35,9 @@ class QuantizerSection(Section):
         description="dynamic: the tensor's own extremes; static: calibrated and kept; learned: trained (LSQ; LSQ+ if "
         "asymmetric; SEQ for mid_rise and ternary; elastic binary); pact: a trained clipping bound",
     )
-    calibrate: Calibrate = Field(
+    calibrate: str = Field(
         "min_max",
-        description="how static ranges and learned starts are found: min_max, moving_average, percentile, mse, kl, "
+        description=f"how static ranges and learned starts are found: {', '.join(OBSERVERS.names())}, "
         "or lsq (2 mean|x| / sqrt(quant_max))",
     )
     bounds: tuple[float, float] | str | None = Field(
@@ -62,6 +64,14 @@ class QuantizerSection(Section):
             raise ValueError(f"no such format; {did_you_mean(name, BITS)}")
         return name
 
+    @field_validator("calibrate")
+    @classmethod
+    def _a_start(cls, name: str) -> str:
+        known = [*OBSERVERS.names(), "lsq"]
+        if name not in known:
+            raise ValueError(f"no such way to find a range; {did_you_mean(name, known)}")
+        return name
+
     @model_validator(mode="after")
     def _fits(self) -> QuantizerSection:
         try:
@@ -81,7 +91,7 @@ class QuantizerSection(Section):
             )
         if self.calibrate == "kl" and not self.symmetric:
             raise ValueError("calibrate: kl chooses one threshold for |x|: symmetric: true, or calibrate: mse")
-        if self.calibrate not in ("min_max", "mse", "lsq") and self.format in ("binary", "ternary"):
+        if self.calibrate not in STARTS and self.format in ("binary", "ternary"):
             raise ValueError(f"{self.format} has no histogram's threshold: calibrate: mse")
         if self.calibrate == "lsq" and not self.symmetric:
             raise ValueError("calibrate: lsq is a symmetric start: calibrate: mse")
@@ -143,7 +153,7 @@ class WeightSection(QuantizerSection):
 
     @model_validator(mode="after")
     def _no_histogram_for_each_group(self) -> WeightSection:
-        if self.calibrate in ("percentile", "kl", "moving_average") and self.group_size is not None:
-            # 32 kB a group: 34 GB for a 4096 x 4096 weight in groups of 64.
+        if self.calibrate not in STARTS and self.group_size is not None:
+            # A histogram has 32 kB a group: 34 GB for a 4096 x 4096 weight in groups of 64.
             raise ValueError(f"calibrate: {self.calibrate} for each group of a weight: calibrate: mse")
         return self

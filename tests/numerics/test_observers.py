@@ -54,6 +54,24 @@ def batches_of(seed: int) -> list[torch.Tensor]:
     ] + [torch.ones(2, 1)]
 
 
+# Of normal numbers, and of half as many that are twice as large; 4 bits, symmetric: one row an observer
+HIGH = {
+    "min_max": 8.202987,
+    "moving_average": 4.142509,
+    "percentile": 8.202987,
+    "mse": 4.367251,
+    "kl": 5.230469,
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_range_of_numbers_that_everyone_knows(name: str) -> None:
+    found, x = observer(name, True, bits=4), normal(1, 4096)
+    found.update(x)
+    found.update(2 * x[:, :1024])
+    assert bounds(found) == ([pytest.approx(-HIGH[name])], [pytest.approx(HIGH[name])])
+
+
 # Whatever the observer
 
 
