@@ -158,14 +158,12 @@ def read_recipe(recipe: str | Path) -> DictConfig:
     fix = "`qtrain recipes` lists examples; RUN/config.yaml is one too"
     try:
         text = path.read_text(encoding="utf-8")
-        check_size(text)
-        content = OmegaConf.create(text)
+        content = OmegaConf.create(text) if check_size(text) else None
     except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
         raise ConfigError(" ".join(str(error).split()), where=name, rule=RECIPE, fix=fix) from None
     except ConfigError as error:
         raise ConfigError(error.what, where=name, rule=error.rule, fix=error.fix) from None
-    # OmegaConf takes a word alone for a key without a value.
-    if not isinstance(content, DictConfig) or OmegaConf.to_container(content) == {text.strip(): None}:
+    if not isinstance(content, DictConfig):
         raise ConfigError("no mapping", where=name, rule=RECIPE, fix=fix)
     return content
 

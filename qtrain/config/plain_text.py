@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 from omegaconf.grammar_parser import parse
-from yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, NodeEvent
+from yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, MappingStartEvent, NodeEvent
 
 from qtrain.errors import ConfigError
 
@@ -17,14 +17,17 @@ CALL = "InterpolationResolverContext"  # of OmegaConf's grammar: ``${name:argume
 """Far above any config. Readers of YAML call themselves once a level, and one alias can stand for all before it."""
 
 
-def check_size(text: str) -> None:
+def check_size(text: str) -> bool:
     """Refuse YAML that is deep or, with each alias written out, large; told from the parser's events alone.
+
+    Returns:
+        Whether it is a mapping, or empty.
 
     Raises:
         ConfigError: it is.
         yaml.YAMLError: it is no YAML.
     """
-    nodes, sizes = 0, dict[str, int]()
+    nodes, sizes, mapping = 0, dict[str, int](), True
     begun: list[tuple[str | None, int]] = []  # collections that are open: anchor, nodes before it
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, CollectionEndEvent):
@@ -32,6 +35,7 @@ def check_size(text: str) -> None:
             if anchor is not None:
                 sizes[anchor] = nodes - before
         elif isinstance(event, NodeEvent):
+            mapping = mapping and (nodes > 0 or isinstance(event, MappingStartEvent))
             if isinstance(event, CollectionStartEvent):
                 begun.append((event.anchor, nodes))
             nodes += sizes.get(str(event.anchor), 1) if isinstance(event, AliasEvent) else 1
@@ -42,6 +46,7 @@ def check_size(text: str) -> None:
                 rule=f"a config has at most {DEPTH} levels and {NODES:,} values, those of aliases counted",
                 fix="write it without anchors and aliases (&a, *a), or without the nesting",
             )
+    return mapping
 
 
 def check_references(content: Any) -> None:
