@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from qtrain.callbacks.checkpoint_files import check, checkpoints, retain, step_of
 from qtrain.callbacks.trainable_checkpoint import TrainableCheckpoint, read_checkpoint
 from qtrain.errors import CheckpointError
 
@@ -182,3 +183,51 @@ def test_damaged_absent_and_pickled_files(tmp_path: Path) -> None:
     torch.save({"object": Frozen()}, tmp_path / "pickle.ckpt")
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_checkpoint(str(tmp_path / "pickle.ckpt"))
+
+
+def test_a_damaged_file_names_the_one_before_it(tmp_path: Path) -> None:
+    run(Frozen(), tmp_path, 8, keep=4)
+    paths = checkpoints(tmp_path)
+    for path in paths[2:]:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 4
+        path.write_bytes(content)
+    for how in (lambda: check(paths[3]), lambda: run(Frozen(), tmp_path, 9, resume=paths[3])):
+        with pytest.raises(CheckpointError, match=r"step-000008.ckpt: .*damaged: its CRC-32") as caught:
+            how()
+        assert f"run.resume={paths[1]} " in str(caught.value), "the newest that is whole"
+    (tmp_path / "step-000004.ckpt.json").write_text("{")
+    with pytest.raises(CheckpointError, match="bytes"):
+        check(paths[1])
+
+
+def test_a_checkpoint_without_a_checksum_is_read(tmp_path: Path) -> None:
+    run(Frozen(), tmp_path, 2)
+    (tmp_path / "step-000002.ckpt.json").unlink()
+    assert read_checkpoint(str(tmp_path / "step-000002.ckpt"))["global_step"] == 2
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")  # any rows will do
+def test_what_another_run_left_stays_and_what_this_one_gave_up_goes(tmp_path: Path) -> None:
+    run(Frozen(), tmp_path, 9, keep=9)
+    earlier = names(tmp_path)
+    assert earlier == [f"step-{step:06d}.ckpt" for step in (2, 4, 6, 8, 9)]
+    run(Frozen(), tmp_path, 3, keep=1)  # from the start, in the same directory: the others are not its own
+    assert names(tmp_path) == ["step-000003.ckpt", *earlier[1:]]
+    run(Frozen(), tmp_path, 6, keep=2, resume=tmp_path / "step-000004.ckpt")
+    assert names(tmp_path) == ["step-000004.ckpt", "step-000006.ckpt"], "steps 8 and 9 were another course"
+
+
+def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
+    for name in (".step-000002.ckpt.abc.tmp", ".step-000004.ckpt.json.abc.tmp"):
+        (tmp_path / name).write_bytes(b"half")
+    run(Frozen(), tmp_path, 2)
+    assert names(tmp_path) == ["step-000002.ckpt"]
+
+
+def test_steps_are_compared_as_numbers(tmp_path: Path) -> None:
+    for step in (999999, 1000000, 2):
+        (tmp_path / f"step-{step:06d}.ckpt").touch()
+    assert [step_of(path) for path in checkpoints(tmp_path)] == [2, 999999, 1000000]
+    retain(tmp_path, 2, 1000000)
+    assert [step_of(path) for path in checkpoints(tmp_path)] == [999999, 1000000]

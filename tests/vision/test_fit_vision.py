@@ -76,7 +76,7 @@ def test_from_files_to_a_report(fashion: Path, tmp_path: Path, capsys: pytest.Ca
     assert "accuracy" in report and "nats a token" not in report and "perplexity" not in report
     model = build_model(VisionModelSection(architecture="resnet8", width=4))
     model.load_state_dict(load_file(run / "weights" / "model.safetensors"))
-    assert len(list((run / "checkpoints").iterdir())) == 2
+    assert len(list((run / "checkpoints").glob("*.ckpt"))) == 2
 
     repeated = tmp_path / "again"
     assert main(["fit", f"recipe={run / 'config.yaml'}", f"run.dir={repeated}"]) == 0
