@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import qtrain.callbacks
 from qtrain.config.compose import load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -72,3 +73,23 @@ def test_the_recipe_of_the_page_is_one(tmp_path: Path) -> None:
     path = tmp_path / "static_llama.yaml"
     path.write_text(recipe, encoding="utf-8")
     assert load_recipe(path).method.name == "qat"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_code_of_the_callbacks_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs/callbacks.md").read_text(encoding="utf-8")
+    namespace: dict[str, object] = {"__name__": "page"}
+    for code in re.findall(r"```python\n(.*?)```", text, flags=re.S):
+        exec(compile(code, "docs/callbacks.md", "exec"), namespace)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("*.ckpt"))
+    assert set(re.findall(r"^\| `(\w+)` \|", text, re.M)) == set(qtrain.callbacks.__all__)
+
+
+def test_troubleshooting_quotes_what_the_program_says() -> None:
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "qtrain").rglob("*.py"))
+    source += "".join(path.read_text(encoding="utf-8") for path in (ROOT / "callbacks").rglob("*.py"))
+    rows = re.findall(r"^\| (.+?) \|", (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8"), re.M)
+    quoted = [words for row in rows for words in re.findall(r"`([^`]+)`", row)]
+    assert len(quoted) >= 9
+    assert [words for words in quoted if words not in source] == []
