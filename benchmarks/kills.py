@@ -209,7 +209,7 @@ def content(run: Path) -> dict[str, Any]:
         # Without the loop of `trainer.validate`, which a resumed run has no reason to enter before it trains.
         "checkpoint": {key: value for key, value in checkpoint.items() if key not in ("callbacks", "loops", KEY)},
         "loops": checkpoint["loops"]["fit_loop"],
-        "random states": checkpoint[KEY]["random_state"],
+        "random states": checkpoint[KEY]["random_states"],
         "metrics": figures(run),
         "fit": {key: value for key, value in fit.items() if not any(word in key for word in timed)},
     }
