@@ -1,4 +1,4 @@
-# make demo | test | check | coverage | test-slow | test-gpu | test-peer | consumers | test-consumers | clean
+# make demo | test | check | coverage | test-slow | test-gpu | bench-gpu | test-peer | consumers | test-consumers | clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,7 +16,7 @@ $(DEV): $(STAMP)
 	$(PIP) -c constraints.txt -e ".[dev]"
 	touch $@
 
-.PHONY: install demo test check explore coverage test-slow test-gpu test-peer consumers test-consumers clean
+.PHONY: install demo test check explore coverage test-slow test-gpu bench-gpu test-peer consumers test-consumers clean
 install: $(DEV)
 
 MODEL := $(VENV)/.model
@@ -49,6 +49,12 @@ test-slow: $(DEV) $(MODEL)
 
 test-gpu:
 	$(PYTHON) -m pytest -m gpu
+
+# Rows of benchmarks/bench_gpu.py (--plan lists them), side by side on several GPUs: make bench-gpu ROWS="qlora-7b 65b" GPUS=0,1
+ROWS := all
+GPUS := 0
+bench-gpu:
+	$(PYTHON) -m benchmarks.bench_gpu $(ROWS) --gpus $(GPUS) --table benchmarks/results/$(shell date +%F)-bench-gpu.md
 
 test-peer: $(DEV)
 	$(BIN)/python -m pytest -m peer

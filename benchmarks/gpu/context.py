@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import lightning as L
-from torch.autograd import DeviceType
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.measure import Case, Figures, Sizes, quiet, run, shape_of
@@ -57,7 +57,11 @@ class AttentionShare(L.Callback):
         events, self._profile = self._profile.key_averages(), None
         taken = [event for event in events if event.key.startswith(ATTENTION) and event.device_type == DeviceType.CPU]
         if ON_GPU:  # kernels are events of their own; an operation's device time is that of its kernels
-            kernels = [it for it in events if it.device_type == DeviceType.CUDA and not it.is_user_annotation]
+            kernels = [
+                it
+                for it in events
+                if it.device_type == DeviceType.CUDA and not getattr(it, "is_user_annotation", False)
+            ]
             whole = sum(kernel.self_device_time_total for kernel in kernels)
             self.share = sum(event.device_time_total for event in taken) / max(1.0, whole)
         else:

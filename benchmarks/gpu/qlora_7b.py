@@ -16,8 +16,18 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from benchmarks.gpu.checkpoint import MODEL, TOKENS
-from benchmarks.gpu.measure import Case, Figures, median_rate, peak_gib, quiet, random_batches, run, shape_of
-from benchmarks.gpu.measure import sizes, time_steps
+from benchmarks.gpu.measure import (
+    Case,
+    Figures,
+    median_rate,
+    peak_gib,
+    quiet,
+    random_batches,
+    run,
+    shape_of,
+    sizes,
+    time_steps,
+)
 from benchmarks.gpu.models import DTYPE, ON_GPU
 from benchmarks.gpu.qlora_words import qlora_words
 from benchmarks.gpu.shapes import LLAMA_7B

@@ -8,8 +8,19 @@ from __future__ import annotations
 import argparse
 from functools import partial
 
-from benchmarks.gpu.measure import Case, Figures, NotHere, median_rate, peak_gib, quiet, random_batches, run, shape_of
-from benchmarks.gpu.measure import sizes, time_steps
+from benchmarks.gpu.measure import (
+    Case,
+    Figures,
+    NotHere,
+    median_rate,
+    peak_gib,
+    quiet,
+    random_batches,
+    run,
+    shape_of,
+    sizes,
+    time_steps,
+)
 from benchmarks.gpu.shapes import LLAMA_7B
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -19,7 +30,7 @@ BARE = "llama-7b-bare"
 def unsloth(asked: argparse.Namespace, *, recompute: str | bool) -> Figures:
     """FastLanguageModel in the loop of the other peers."""
     try:
-        from unsloth import FastLanguageModel  # before transformers and peft, which it patches
+        from unsloth import FastLanguageModel  # type: ignore[import-not-found]  # before transformers and peft, which it patches
     except (ImportError, NotImplementedError, RuntimeError) as error:
         raise NotHere(f"unsloth: {' '.join(str(error).split())[:200]}") from None
     import bitsandbytes as bnb
@@ -47,7 +58,7 @@ def unsloth(asked: argparse.Namespace, *, recompute: str | bool) -> Figures:
     optimizer = bnb.optim.PagedAdamW8bit([p for p in model.parameters() if p.requires_grad], lr=2e-4)
     batches = random_batches(shape.vocab, size)
     steps = time_steps(batches, lambda batch: model(**batch).loss, optimizer, warm=size.warm)
-    kinds = sorted({type(module.mlp).forward.__name__ for module in model.modules() if hasattr(module, "mlp")})
+    kinds = sorted({module.mlp.forward.__name__ for module in model.modules() if hasattr(module, "mlp")})
     said = [f"use_gradient_checkpointing={recompute}", *kinds]
     return Figures(median_rate(*steps), peak_gib(), shape.flops_per_token(trains=False), said)
 

@@ -26,8 +26,19 @@ from torch import Tensor
 from transformers import AutoTokenizer, TrainerCallback
 
 from benchmarks.gpu.checkpoint import MODEL
-from benchmarks.gpu.measure import Case, Figures, NotHere, mean_rate, peak_gib, quiet, run, shape_of, sizes
-from benchmarks.gpu.measure import synchronize, time_steps
+from benchmarks.gpu.measure import (
+    Case,
+    Figures,
+    NotHere,
+    mean_rate,
+    peak_gib,
+    quiet,
+    run,
+    shape_of,
+    sizes,
+    synchronize,
+    time_steps,
+)
 from benchmarks.gpu.models import ON_GPU
 from benchmarks.gpu.qlora_7b import peft_model
 from benchmarks.gpu.qlora_words import qlora_words
@@ -121,8 +132,8 @@ class _StepTimes(TrainerCallback):
 def trl(asked: argparse.Namespace) -> Figures:
     """SFTTrainer with packing=True and what else it is by default."""
     try:
-        from datasets import Dataset
-        from trl import SFTConfig, SFTTrainer
+        from datasets import Dataset  # type: ignore[attr-defined]
+        from trl import SFTConfig, SFTTrainer  # type: ignore[import-not-found]
     except (ImportError, RuntimeError) as error:
         raise NotHere(f"trl: {' '.join(str(error).split())[:200]}") from None
     if asked.tiny and not ON_GPU:

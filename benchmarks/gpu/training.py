@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
-from typing import Any
+from typing import Any, TextIO
 from unittest import mock
 
 import lightning as L
@@ -35,8 +35,12 @@ from qtrain.training.trainer import trainer_arguments
 class _Twice(io.StringIO):
     """Keeps what is written, and shows it."""
 
+    def __init__(self, shown: TextIO) -> None:
+        super().__init__()
+        self.shown = shown
+
     def write(self, text: str) -> int:
-        sys.__stderr__.write(text)
+        self.shown.write(text)
         return super().write(text)
 
 
@@ -49,7 +53,7 @@ def fit_command(words: Sequence[str], asked: argparse.Namespace, flops_per_token
     directory = asked.work / f"run-{asked.case}"
     words = [*words, f"run.dir={directory}", "run.overwrite=true"]
     print("$ qtrain fit", *words, file=sys.stderr, flush=True)
-    shown, errors = _Twice(), _Twice()
+    shown, errors = _Twice(sys.stderr), _Twice(sys.stderr)
     # A measurement a step where the command makes one of ten: medians need several.
     meter = partial(Throughput, every_n_steps=1, warmup_steps=warm)
     with mock.patch("qtrain.training.fit.Throughput", meter), redirect_stdout(shown), redirect_stderr(errors):
