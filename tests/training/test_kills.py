@@ -11,9 +11,9 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kills.py"
 
 
 def test_killed_runs_end_where_undisturbed_ones_do() -> None:
-    """A kill for each method, and one more for each in a write; benchmarks/results has 20 of them."""
+    """A kill for each method, and one more for each in a write: of those within training, by the seed."""
     result = subprocess.run(
-        [sys.executable, str(SCRIPT), "kills=3", "writes=3", "seed=7"],
+        [sys.executable, str(SCRIPT), "kills=3", "writes=3", "seed=33"],
         capture_output=True,
         text=True,
         timeout=300,
