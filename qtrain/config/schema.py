@@ -51,6 +51,9 @@ class RunSection(Section):
     matmul_precision: Literal["highest", "high", "medium"] = Field(
         "high", description="of fp32 products on a GPU: high is TF32"
     )
+    gradient_compression: Literal["none", "bf16", "int8_tensor", "int8_channel"] = Field(
+        "none", description="what DDP sends of gradients; int8 keeps what it leaves out for the next step"
+    )
     save_every: int = Field(0, ge=0, description="optimizer steps between checkpoints; 0 is at the end of each epoch")
     keep: int = Field(2, ge=1, description="last checkpoints to keep; the one of the lowest validation loss stays too")
 

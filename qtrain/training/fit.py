@@ -35,6 +35,7 @@ from qtrain.training.module import LanguageModule
 from qtrain.training.optimizers import state_bytes
 from qtrain.training.run_directory import RunDirectory
 from qtrain.training.sharding import ShardedStrategy, unshard
+from qtrain.training.strategies import check_served
 from qtrain.training.tracking import close, log_artifacts, log_recovery, loggers
 from qtrain.training.trainer import (
     device_name,
@@ -82,6 +83,7 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
         callbacks=[*_callbacks(config, run, module, data, step or 0), throughput],
         default_root_dir=run.path,
     )
+    check_served(trainer, config, module.method.schedule)
     processes.join(trainer, module, config.trainer)
     data.setup("fit")
     say(data.summary.lines(), title="data")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import bitsandbytes as bnb
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
@@ -50,7 +50,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """As one process has it, whole and on the CPU."""
-        state = Strategy.optimizer_state(self, optimizer)
+        state: dict[str, Any] = Strategy.optimizer_state(self, optimizer)
         per_parameter = {
             number: {key: whole(value) if isinstance(value, Tensor) else value for key, value in moments.items()}
             for number, moments in state["state"].items()
@@ -75,9 +75,9 @@ class ShardedStrategy(ModelParallelStrategy):
 def shard(plain: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh) -> None:
     """Let each process keep its rows of every parameter: of each decoder layer, and of what is around them.
 
-    A layer that runs has its weights whole, as they were: per-row scales are those of the whole weight. Packed codes are
-    shared out as the uint8 and int32 that they are, and no dtype is changed on the way; stored as bf16, codes that read
-    as NaN were reported to come back as another NaN (bitsandbytes #1945).
+    A layer that runs has its weights whole, as they were: per-row scales are those of the whole weight. Packed codes
+    are shared out as the uint8 and int32 that they are, and no dtype is changed on the way; stored as bf16, codes that
+    read as NaN were reported to come back as another NaN (bitsandbytes #1945).
 
     Args:
         plain: the transformers model.
@@ -85,7 +85,9 @@ def shard(plain: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh) -> No
     """
     for layer in plain.modules():
         if isinstance(layer, bnb.nn.Linear4bit):
-            layer.quant_state = layer.weight.quant_state  # a share has no attributes; bitsandbytes looks here then
+            layer.quant_state = cast(
+                bnb.nn.Params4bit, layer.weight
+            ).quant_state  # a share has no attributes; bitsandbytes looks here then
     for layer in layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(plain, mesh=mesh)

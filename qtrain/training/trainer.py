@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 
+from qtrain.callbacks.gradient_compression import GradientCompression
 from qtrain.callbacks.nan_guard import NanGuard
 from qtrain.callbacks.progress_lines import ProgressLines
 from qtrain.callbacks.stop_signals import StopSignals
@@ -71,10 +72,12 @@ def run_callbacks(config: RunConfig, run: RunDirectory) -> list[Callback]:
     checkpoint = TrainableCheckpoint(
         str(run.checkpoints), every_n_train_steps=config.run.save_every, keep=config.run.keep
     )
+    kind = config.run.gradient_compression
     return [
         NanGuard(),
         checkpoint,
         StopSignals(checkpoint),
+        *([GradientCompression(kind)] if kind != "none" else []),
         RichProgressBar() if sys.stderr.isatty() else ProgressLines(),
     ]
 

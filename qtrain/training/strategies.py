@@ -1,0 +1,51 @@
+"""What of a config the trainer's strategy can serve."""
+
+from __future__ import annotations
+
+import lightning as L
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+
+from qtrain.callbacks.gradient_compression import check_strategy
+from qtrain.config.schema import Config
+from qtrain.errors import ConfigError
+from qtrain.modules.schedule import QuantizationSchedule
+from qtrain.training.sharding import ShardedStrategy
+
+
+def check_served(trainer: L.Trainer, config: Config, schedule: QuantizationSchedule) -> None:
+    """Raise where the strategy would fail in the middle, or train something else.
+
+    Raises:
+        ConfigError: with the way out.
+    """
+    strategy = trainer.strategy
+    if config.run.gradient_compression != "none":
+        check_strategy(trainer, config.run.gradient_compression)
+    if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)) or type(strategy) is ModelParallelStrategy:
+        raise ConfigError(
+            f"trainer.strategy is {type(strategy).__name__}",
+            rule="weights are sharded by FSDP2",
+            fix="trainer.strategy=fsdp2",
+        )
+    if isinstance(strategy, ShardedStrategy):
+        _check_sharded(config, schedule)
+    elif isinstance(strategy, DDPStrategy) and schedule.moves and not _looks_for_unused(strategy):
+        raise ConfigError(
+            "quantization moves during training, under DDP that waits for every gradient",
+            rule="ranges have no gradient before quantization begins, nor once they are frozen",
+            fix="trainer.strategy=ddp_find_unused_parameters_true",
+        )
+
+
+def _check_sharded(config: Config, schedule: QuantizationSchedule) -> None:
+    for fact, fix in (
+        (config.optimizer.name != "adamw" and f"optimizer.name={config.optimizer.name}", "optimizer.name=adamw"),
+        (getattr(config.method, "base", None) == "int8" and "method.base=int8", "method.base=nf4"),
+        (schedule.moves and "quantization that moves during training", "trainer.strategy=ddp"),
+    ):
+        if fact:
+            raise ConfigError(f"{fact} over shares of weights", where="trainer.strategy=fsdp2", fix=fix)
+
+
+def _looks_for_unused(strategy: DDPStrategy) -> bool:
+    return bool(strategy._ddp_kwargs.get("find_unused_parameters"))

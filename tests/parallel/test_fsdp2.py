@@ -1,0 +1,84 @@
+"""FSDP2 over gloo: shares of the weights train what whole ones train, and every file is that of one process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from qtrain.callbacks.trainable_checkpoint import read_checkpoint
+from qtrain.training.run_directory import RunDirectory
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # peft 0.21 on transformers 5.23
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),  # it is resumed from
+]
+NAMES = ("qlora", "lora", "qat", "peqa")
+ARTIFACTS = {"qlora": "adapter/adapter_model", "lora": "adapter/adapter_model", "qat": "weights/model"}
+SHARDED = "trainer.strategy=fsdp2"
+
+
+@pytest.fixture(scope="module")
+def runs(
+    words: Callable[..., tuple[str, ...]],
+    torchrun: Callable[..., subprocess.CompletedProcess[str]],
+    alone: Callable[..., None],
+    methods: dict[str, tuple[str, ...]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """Runs by name: NAME of two processes, NAME_alone of one; qat_out and qat_in began or ended sharded."""
+    path = tmp_path_factory.mktemp("runs")
+    half, saved = "trainer.max_steps=4", "run.save_every=4"
+    for name in NAMES:
+        alone(*words(path / f"{name}_alone", *methods[name], saved))
+    alone(*words(path / "qat_in", *methods["qat"], half))
+    resumed = ("run.resume=true", "trainer.accumulate_grad_batches=1")
+    done = torchrun(
+        *(words(path / name, *methods[name], SHARDED, saved) for name in NAMES),
+        words(path / "qat_out", *methods["qat"], SHARDED, half),
+        words(path / "qat_in", *methods["qat"], SHARDED, *resumed),
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    alone(*words(path / "qat_out", *methods["qat"], "run.resume=true", "trainer.strategy=auto"))
+    return path
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_losses_are_those_of_one_process(runs: Path, losses: Callable[[Path], list[float]], name: str) -> None:
+    assert losses(runs / name) == pytest.approx(losses(runs / f"{name}_alone"), abs=1e-5)
+    two, one = (json.loads((runs / run / "fit.json").read_text()) for run in (name, f"{name}_alone"))
+    assert two["val_loss_after"] == pytest.approx(one["val_loss_after"], abs=2e-4)
+    assert two["trained_parameters"] == one["trained_parameters"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_artifact_is_whole(runs: Path, name: str) -> None:
+    artifact = ARTIFACTS.get(name, "scales/scales") + ".safetensors"
+    mine, theirs = (load_file(runs / run / artifact) for run in (name, f"{name}_alone"))
+    assert {key: value.shape for key, value in mine.items()} == {key: value.shape for key, value in theirs.items()}
+    for key, value in theirs.items():
+        assert (mine[key].float() - value.float()).abs().mean() < 1e-5, key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_checkpoint_is_that_of_one_process(runs: Path, name: str) -> None:
+    mine, theirs = (
+        read_checkpoint(str(RunDirectory(runs / run).newest_checkpoint())) for run in (name, f"{name}_alone")
+    )
+    assert {k: v.shape for k, v in mine["state_dict"].items()} == {k: v.shape for k, v in theirs["state_dict"].items()}
+    mine, theirs = (content["optimizer_states"][0]["state"] for content in (mine, theirs))
+    assert mine.keys() == theirs.keys()
+    for number, moments in theirs.items():
+        assert (mine[number]["exp_avg"] - moments["exp_avg"]).abs().mean() < 1e-4 * (
+            1 + moments["exp_avg"].abs().mean()
+        )
+
+
+@pytest.mark.parametrize("name", ["qat_in", "qat_out"])
+def test_a_run_goes_on_sharded_or_no_longer_so(runs: Path, losses: Callable[[Path], list[float]], name: str) -> None:
+    assert losses(runs / name) == pytest.approx(losses(runs / "qat_alone"), abs=1e-5)
