@@ -20,6 +20,7 @@ from qtrain.console import say
 from qtrain.errors import ConfigError
 from qtrain.files import read_json, sweep, write_json
 from qtrain.report.write import write_report
+from qtrain.training import processes
 from qtrain.training.first_batch import AtFirstBatch
 from qtrain.training.image_quantization import (
     diagnostics,
@@ -62,6 +63,7 @@ def build_model(section: VisionModelSection) -> ResNet:
     return model
 
 
+@processes.end_together()
 def fit(config: VisionConfig, run: RunDirectory) -> dict[str, Any]:
     """Train as ``config`` says and leave everything in ``run``; the figures, as fit.json holds them.
 
@@ -94,22 +96,25 @@ def fit(config: VisionConfig, run: RunDirectory) -> dict[str, Any]:
         default_root_dir=run.path,
     )
     _check_length(trainer)
+    processes.join(trainer, module, config.trainer)
     untrained: dict[str, float] = {}
     if quantizing and config.model.weights and checkpoint is None:
         untrained = untrained_accuracies(module, quantizing, data, arguments)
     if quantizing:
         quantizing.prepare(module)
     # Only now that data and model are known to be good does an earlier run give way.
-    sweep(run.path)
-    if checkpoint is None:
-        run.clear()
-        _adopt(config, run, data)
-    else:
+    if trainer.is_global_zero:
+        sweep(run.path)
+        if checkpoint is None:
+            run.clear()
+            _adopt(config, run, data)
+    if checkpoint is not None:
         trainer.callbacks.append(AtFirstBatch(partial(_adopt, config, run, data)))  # type: ignore[attr-defined]
     own = read_checkpoint(str(checkpoint)).get(KEY, {}) if checkpoint else {}
     trainer.loggers = loggers(config, run.path, step, own.get("row"))
     if checkpoint is None:
-        write_json(run.result("baselines"), untrained)
+        if trainer.is_global_zero:
+            write_json(run.result("baselines"), untrained)
     elif run.result("baselines").exists():
         untrained = read_json(run.result("baselines"))
     parameters = sum(p.numel() for p in module.parameters())

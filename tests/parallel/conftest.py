@@ -23,7 +23,10 @@ METHODS = {
         *("method.name=qat", "method.weight.format=int4", "method.weight.group_size=32", "method.weight.range=learned"),
         *("method.activation.format=int8", "method.scale_lr=1e-4", "optimizer.lr=1e-3"),
     ),
-    "peqa": ("method.name=peqa", "method.weight.format=int4", "method.weight.group_size=32", "optimizer.lr=1e-4"),
+    "peqa": (
+        *("method.name=peqa", "method.weight.format=int4", "method.weight.group_size=32", "method.init=hqq"),
+        "optimizer.lr=1e-4",
+    ),
 }
 # Each line of words is a `qtrain fit`; the processes stay, since to start one takes longer than a tiny run.
 PROGRAM = """

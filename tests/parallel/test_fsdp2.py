@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -82,3 +83,52 @@ def test_a_checkpoint_is_that_of_one_process(runs: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["qat_in", "qat_out"])
 def test_a_run_goes_on_sharded_or_no_longer_so(runs: Path, losses: Callable[[Path], list[float]], name: str) -> None:
     assert losses(runs / name) == pytest.approx(losses(runs / "qat_alone"), abs=1e-5)
+
+
+SHARES = """
+import sys, torch, zlib
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
+import qtrain
+from qtrain.modules.token_loss import chunked_loss
+from qtrain.training.processes import checksum
+from qtrain.training.sharding import as_forward, shard, unshard
+
+distributed.init_process_group("gloo")
+mesh = init_device_mesh("cpu", (2,))
+weight = {"format": "int4", "group_size": 32}
+options = {"qlora": {"r": 4}, "peqa": {"weight": weight, "init": "hqq"}, "qat": {"weight": weight}}
+for method, more in options.items():
+    torch.manual_seed(0)
+    model = qtrain.prepare(AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32), method, **more)
+    plain = model.get_base_model() if method == "qlora" else model
+    before = {name: checksum(value) for name, value in model.named_parameters()}
+    ids = torch.arange(2, 30)[None] + distributed.get_rank()
+    batch = {"input_ids": ids, "labels": ids}
+    expected = chunked_loss(plain, batch).detach()
+    shard(plain, [part for part in plain.modules() if isinstance(part, GradientCheckpointingLayer)], mesh)
+    held = sum(value.to_local().nbytes for value in model.parameters())
+    loss = as_forward(plain, "loss_of", lambda batch: chunked_loss(plain, batch))(batch)
+    assert torch.equal(loss, expected), (method, float(loss), float(expected))
+    loss.backward()
+    unshard(model)
+    after = {name: checksum(value) for name, value in model.named_parameters()}
+    assert before == after, method
+    whole = sum(value.nbytes for value in model.parameters())
+    assert held < 0.51 * whole, (held, whole)
+    print("SAME", method, len(after), flush=True)
+distributed.destroy_process_group()
+"""
+
+
+def test_shares_together_are_the_bytes_that_there_were(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    """Codes of NF4 and packed integers by checksum, before the shares were taken and after they were put together."""
+    (tmp_path / "program.py").write_text(SHARES)
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "program.py"), str(tiny_llama_dir)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("SAME") == 6

@@ -80,6 +80,7 @@ def test_what_was_left_out_is_made_up_for(averages: dict[str, dict[str, float]],
     assert averages[kind]["drift"] < 1 / 127 / 40 * 2
 
 
+@pytest.mark.slow
 def test_training_goes_the_same_way(
     words: Callable[..., tuple[str, ...]],
     torchrun: Callable[..., subprocess.CompletedProcess[str]],
