@@ -141,6 +141,17 @@ class TrainableCheckpoint(ModelCheckpoint):
         best = best_checkpoint(directory, up_to=step) if step and trainer.is_global_zero else None
         self._lowest = trainer.strategy.broadcast(best[1] if best else math.inf)
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Where no step was left, Lightning passes its loops over: count as they would have at their end.
+
+        What is measured after training is logged at that step and epoch.
+        """
+        loop = trainer.fit_loop
+        if loop.epoch_loop._batches_that_stepped < trainer.global_step:
+            loop.epoch_loop._batches_that_stepped = trainer.global_step
+            epochs = loop.epoch_progress.current
+            epochs.completed = epochs.processed = epochs.ready  # type: ignore[attr-defined]
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
