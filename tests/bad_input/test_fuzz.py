@@ -7,6 +7,7 @@ a line; ``data`` files of data by suffix; ``packed`` safetensors by layout and G
 from __future__ import annotations
 
 import contextlib
+import gc
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -76,6 +77,13 @@ def read_data(path: Path) -> None:
         for location in locate(str(path)):
             for _ in read_contents(location, DataSection(), split="train"):
                 pass
+
+
+@pytest.fixture(autouse=True)
+def collected() -> Iterator[None]:
+    """Such files are collected here, where the warning of them is expected, and not in whichever test comes next."""
+    yield
+    gc.collect()
 
 
 def read_words(*words: str, recipe: Path | None = None) -> None:

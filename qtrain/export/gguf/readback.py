@@ -67,7 +67,9 @@ def open_file(path: Path) -> GGUFReader:
         check_gguf(path)
         return GGUFReader(path)
     except ModelError as error:
-        raise ExportError(error.what, where=error.where, rule=error.rule, fix="export it again") from None
+        raise ExportError(
+            f"no whole GGUF file: {error.what}", where=error.where, rule=error.rule, fix="export it again"
+        ) from None
     except (OSError, ValueError, LookupError) as error:
         raise ExportError(
             f"no whole GGUF file: {error}",
