@@ -38,6 +38,7 @@ W8A8 = {
 }
 PEQA = {"name": "peqa", "init": "rtn", "weight": {"format": "int3", "group_size": 32, "symmetric": False}}
 ASYMMETRIC = {"name": "qat", "weight": {"format": "int4", "group_size": 32, "symmetric": False, "range": "learned"}}
+FP8 = {"name": "qat", "weight": {"format": "fp8_e4m3"}, "activation": {"format": "fp8_e4m3"}}
 
 
 @dataclass
@@ -107,6 +108,7 @@ KINDS: dict[str, tuple[dict[str, Any], str, bool]] = {
     "gptq v2": (PEQA, "gptq", False),
     "awq": (ASYMMETRIC, "awq", False),
     "torchao": (QAT, "torchao", False),
+    "torchao fp8": (FP8, "torchao", False),
     "gguf": (QAT, "gguf", False),
 }
 
@@ -215,6 +217,30 @@ def flip_a_bit(words: Tensor) -> Tensor:
 def swap_nibbles(words: Tensor) -> Tensor:
     raw = words.view(torch.uint8)
     return (raw >> 4 | raw << 4).view(torch.int32)
+
+
+def other_sign(codes: Tensor) -> Tensor:
+    codes.view(torch.uint8)[7, 5] ^= 128
+    return codes
+
+
+def no_number(codes: Tensor) -> Tensor:
+    codes.view(torch.uint8)[7, 5] = 127
+    return codes
+
+
+def described(**changes: Any) -> Callable[[Made], None]:
+    """Other words in the metadata of one of torchao's tensors."""
+
+    def change(made: Made) -> None:
+        file = made.file_of(f"{UP}._weight_qdata")
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata()
+        content = json.loads(metadata[f"{UP}.weight"])
+        content["_data"].update(changes)
+        save_file(load_file(file), file, metadata={**metadata, f"{UP}.weight": json.dumps(content)})
+
+    return change
 
 
 def double_one(scale: Tensor) -> Tensor:
@@ -483,6 +509,18 @@ MUTANTS: dict[str, Mutant] = {
         "zero points",
         [f"{UP}: 256 of 256 zero points differ"],
     ),
+    "fp8: a bit": ("torchao fp8", tensor(f"{UP}._weight_qdata", other_sign), "codes", [UP, "1 of ", "codes differ"]),
+    "fp8: NaN": ("torchao fp8", tensor(f"{UP}._weight_qdata", no_number), "layout", [UP, "NaN among the codes"]),
+    "fp8: scale": ("torchao fp8", tensor(f"{UP}._weight_scale", next_float), "scales", [UP, "1 of ", "scales differ"]),
+    "fp8: block": ("torchao fp8", described(block_size=[1, 32]), "layout", [UP, "block_size=[1, 32]", "[1, 64]"]),
+    "fp8: inputs": ("torchao fp8", described(act_quant_kwargs=None), "layout", [UP, "inputs unquantized there"]),
+    "fp8: bound": (
+        "torchao fp8",
+        described(act_quant_kwargs={"_data": {"hp_value_ub": 6.0}}),
+        "layout",
+        [UP, "inputs by token are read"],
+    ),
+    "fp8: product": ("torchao fp8", described(mm_config=None), "layout", [UP, "mm_config=None"]),
     "torchao: head": ("torchao", header(include_input_output_embeddings=True), "layout", ["include_input_output"]),
     "gguf: byte of codes": ("gguf", in_file("blk.1.ffn_up.weight", 5), "codes", [f"{UP}.weight: 1 of 8,192 weights"]),
     "gguf: byte of a scale": ("gguf", in_file("blk.1.ffn_up.weight", 0), "codes", [f"{UP}.weight: 32 of 8,192"]),

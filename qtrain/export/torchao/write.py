@@ -1,4 +1,4 @@
-"""Write a model as torchao's integer tensors, a layer at a time."""
+"""Write a model as torchao's integer and fp8 tensors, a layer at a time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,12 @@ from qtrain.export.torchao.trained import check_layers
 from qtrain.export.writer import Progress
 from qtrain.modules.deployed import DeployedModel, DeployedTensor
 from qtrain.ptq.activation_stats import Calibration
+
+INPUTS_IN_FP8 = (
+    "torchao (0.18) rounds the scale of a token to the dtype it runs in, where the training keeps it in fp32: codes of "
+    "inputs are the training's in fp32 alone; checked on a CPU, while its product for GPUs, which wants bf16, compute "
+    "capability 8.9 and widths in multiples of 16, was not run"
+)
 
 
 def write(
@@ -80,7 +86,8 @@ def write(
             "format": "torchao",
             "bits": max(tensor.spec.bits for tensor in coded.values() if tensor.spec is not None),
             "zero_points": any(tensor.spec is not None and not tensor.spec.symmetric for tensor in coded.values()),
-            "inputs": activation and f"int{activation.bits}, one scale a token",
+            "number": "fp" if spec.is_float else "int",
+            "inputs": activation and f"{activation.format}, one scale a token",
             "bits_per_quantized_weight": round(8 * shards.bytes_of(plain) / weights, 4),
             "bytes": shards.total_bytes,
             "quantized_layers": len(coded),
@@ -89,11 +96,21 @@ def write(
             "rounding": "as trained",
             "kept": [name for name in linears if name not in coded],
             "dtype": str(model.dtype).removeprefix("torch."),
-            "notes": ["a byte a code, whatever its bits: ExecuTorch packs them when it lowers a model", *model.notes],
+            "notes": [*_notes(coded.values()), *model.notes],
             "seconds": round(time.monotonic() - begin, 1),
         }
         write_card(export.files, facts, result)
     return result
+
+
+def _notes(coded: Iterable[DeployedTensor]) -> list[str]:
+    notes = []
+    specs = {(tensor.spec, tensor.activation) for tensor in coded}
+    if any(spec is not None and not spec.is_float for spec, _ in specs):
+        notes.append("a byte a code, whatever its bits: ExecuTorch packs them when it lowers a model")
+    if any(activation is not None and activation.is_float for _, activation in specs):
+        notes.append(INPUTS_IN_FP8)
+    return notes
 
 
 def _described(tensor: DeployedTensor, model: DeployedModel) -> str:

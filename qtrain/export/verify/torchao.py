@@ -10,17 +10,17 @@ from torch import nn
 
 from qtrain.export.verify.quantized import read_quantized
 from qtrain.export.verify.stored import Stored
-from qtrain.models.quantized.torchao import PARTS
+from qtrain.models.quantized.torchao import parts_of
 
 
 def read(directory: Path, linears: Mapping[str, nn.Linear]) -> Stored:
-    """Integers by ``qtrain.models.quantized.torchao``; a consumer puts together what the metadata describes."""
+    """Integers and fp8 by ``qtrain.models.quantized.torchao``; a consumer puts together what the metadata describes."""
     stored = read_quantized(
         "torchao",
         directory,
         linears,
         claims=lambda header, linears: (),
-        parts=lambda layer, there: [f"_weight_{part}" for part in PARTS],
+        parts=lambda layer, there: [f"_weight_{part}" for part in parts_of(layer.spec)],
         header_is={"include_input_output_embeddings": False, "modules_to_not_convert": None},
         tells_symmetry=False,
     )
