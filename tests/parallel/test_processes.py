@@ -61,6 +61,7 @@ def test_one_process_does_not_train_for_two_that_were_started(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_command_line_starts_the_others(
     words: Callable[..., tuple[str, ...]],
     methods: dict[str, tuple[str, ...]],
