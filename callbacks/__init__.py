@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qtrain.callbacks.code_flips import CodeFlips
     from qtrain.callbacks.dead_gradients import DeadGradients
-    from qtrain.callbacks.gradient_compression import GradientCompression
     from qtrain.callbacks.layer_sqnr import LayerSQNR
     from qtrain.callbacks.nan_guard import NanGuard
     from qtrain.callbacks.progress_lines import ProgressLines
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 _HOMES = {
     "CodeFlips": "qtrain.callbacks.code_flips:CodeFlips",
     "DeadGradients": "qtrain.callbacks.dead_gradients:DeadGradients",
-    "GradientCompression": "qtrain.callbacks.gradient_compression:GradientCompression",
     "LayerSQNR": "qtrain.callbacks.layer_sqnr:LayerSQNR",
     "NanGuard": "qtrain.callbacks.nan_guard:NanGuard",
     "ProgressLines": "qtrain.callbacks.progress_lines:ProgressLines",
@@ -38,7 +36,6 @@ _HOMES = {
 __all__ = [
     "CodeFlips",
     "DeadGradients",
-    "GradientCompression",
     "LayerSQNR",
     "NanGuard",
     "ProgressLines",
