@@ -97,7 +97,8 @@ def ask(run: Path) -> Ask:
 def test_fit_leaves_everything(run: Path) -> None:
     files = {name.split("/")[0] for name in contents(run)}
     assert {"config.yaml", "metrics.csv", "samples.jsonl", "data.json", "fit.json", "report.html"} <= files
-    assert sorted(file.name for file in (run / "checkpoints").iterdir()) == ["step-000004.ckpt", "step-000006.ckpt"]
+    kept = [f"step-{step:06}.ckpt{end}" for step in (4, 6) for end in ("", ".json")]
+    assert sorted(file.name for file in (run / "checkpoints").iterdir()) == kept
     assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= set(contents(run / "adapter"))
     sample = json.loads((run / "samples.jsonl").read_text().splitlines()[-1])
     assert "What is the capital?" in json.dumps(sample)
@@ -264,7 +265,8 @@ def test_overwrite_replaces_the_run(run: Path) -> None:
     words = [f"recipe={again / 'config.yaml'}", "run.overwrite=true", "trainer.max_steps=2"]
     assert main(["fit", *words]) == 0
     assert read(again / "fit.json")["steps"] == 2
-    assert [file.name for file in (again / "checkpoints").iterdir()] == ["step-000002.ckpt"]
+    kept = sorted(file.name for file in (again / "checkpoints").iterdir())
+    assert kept == ["step-000002.ckpt", "step-000002.ckpt.json"]
     assert losses(again) == losses(run)[:2]
     assert not (again / "export").exists() and not (again / "export.json").exists()
 
