@@ -21,7 +21,7 @@ ROOT = Path(qtrain.__file__).parent
 
 # Lowest first. A package or module of qtrain may import from the levels below its own.
 LAYERS = (
-    {"errors", "storage", "files", "stopping", "registry", "section", "console", "package_files", "paths"},
+    {"errors", "storage", "files", "stopping", "registry", "section", "console", "package_files", "paths", "version"},
     {"numerics"},
     {"kernels"},
     {"modules", "models"},
