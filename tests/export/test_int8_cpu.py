@@ -37,7 +37,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "w8a8-static": ("compressed-tensors", {**ROWS, "activation": {**INT8, **STATIC}}),
     "w8a8-static-asymmetric": ("compressed-tensors", {**ROWS, "activation": {**STATIC, "symmetric": False}}),
     "w4a8": ("compressed-tensors", {"weight": {"format": "int4"}, "activation": INT8}),
-    "torchao": ("torchao", {**ROWS, "activation": INT8}),
+    "torchao": ("torchao", {**ROWS, "activation": {**INT8, "convention": "torchao"}}),
     "torchao-asymmetric": ("torchao", {**ROWS, "activation": {"format": "int8", "symmetric": False}}),
 }
 
