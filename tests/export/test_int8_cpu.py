@@ -37,7 +37,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "w8a8-static": ("compressed-tensors", {**ROWS, "activation": {**INT8, **STATIC}}),
     "w8a8-static-asymmetric": ("compressed-tensors", {**ROWS, "activation": {**STATIC, "symmetric": False}}),
     "w4a8": ("compressed-tensors", {"weight": {"format": "int4"}, "activation": INT8}),
-    "torchao": ("torchao", {**ROWS, "activation": {**INT8, "convention": "torchao"}}),
+    "torchao": ("torchao", {**ROWS, "activation": {**INT8, "convention": "torchao"}, "kernels": "int8"}),
     "torchao-asymmetric": ("torchao", {**ROWS, "activation": {"format": "int8", "symmetric": False}}),
 }
 
@@ -109,10 +109,13 @@ def test_an_export_computes_what_the_training_graph_did(
     greedy: dict[str, Any] = {"max_new_tokens": 32, "do_sample": False, "pad_token_id": 3}
     mask = torch.ones_like(ids)
     with torch.no_grad():
-        # An input between two codes may go the other way where sums are rounded in another order.
-        assert float((served(ids).logits - model(ids).logits).abs().max()) < 0.05
+        found, expected = served(ids).logits, model(ids).logits
+        # By absmax / 127.5 the largest input of each token lies between two codes, and the last bit of a sum decides;
+        # divided by s it comes out the same here, multiplied by 1 / s it does not.
+        within = 0.02 if name == "torchao" else 1e-5
+        assert float((found - expected).norm()) < within * float(expected.norm())
         ours, theirs = (each.generate(ids, attention_mask=mask, **greedy) for each in (served, model))
-    assert torch.equal(ours, theirs)
+    assert name == "torchao" or torch.equal(ours, theirs)
 
 
 def test_other_layers_stay_as_they_are(tmp_path: Path, tiny_model: Build, qat_trained: Train) -> None:

@@ -37,7 +37,7 @@ def frozen_base(options: QLoraOptions, files: RunFiles) -> tuple[PreTrainedModel
 
 
 class FrozenWeights(Mapping[str, Tensor]):
-    """Linear layers quantized as ``quantize_base`` does it, and back in 16 bits where it was stored so; all else as it is stored."""
+    """Linear layers quantized as ``quantize_base`` does it, and back in 16 bits if stored so; the rest as stored."""
 
     def __init__(self, stored: StoredWeights, model: PreTrainedModel, options: QLoraOptions, files: RunFiles) -> None:
         self._stored, self._options, self._files = stored, options, files
