@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import bitsandbytes as bnb
@@ -39,14 +40,14 @@ class Workspace:
         return sum(memory.nbytes for memory in self._memory.values())
 
 
-class Dequantized:
+class Dequantized(ABC):
     """What is multiplied as a dense weight, there for the product alone."""
 
     _layer: Any
 
+    @abstractmethod
     def weight(self, dtype: torch.dtype) -> Tensor:
         """W [out, in], to be used up before any other is asked for."""
-        raise NotImplementedError
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
         """b [out]."""
