@@ -36,6 +36,9 @@ def main(words: Sequence[str]) -> int:
     except Stopped as stopped:
         err.print(str(stopped), markup=False)
         return stopped.status
+    except KeyboardInterrupt:  # raised where a library has a handler of its own
+        err.print("interrupted")
+        return 130
 
 
 def _dispatch(words: list[str]) -> int:

@@ -114,6 +114,7 @@ CASES: dict[str, dict[str, Any]] = {
     "an adapter that is a pickle": dict(
         words=VALIDATE,
         run=pickled,
+        loads=True,
         what="what was trained cannot be read: No such file",
         where="adapter_model.safetensors",
         rule="pickle runs code",
