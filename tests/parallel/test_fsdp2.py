@@ -15,6 +15,7 @@ from qtrain.callbacks.trainable_checkpoint import read_checkpoint
 from qtrain.training.run_directory import RunDirectory
 
 pytestmark = [
+    pytest.mark.slow,  # one of its runs holds two processes for a minute; DDP has the same checks in CI
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # peft 0.21 on transformers 5.23
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),  # it is resumed from
