@@ -18,7 +18,7 @@ from qtrain.evaluation.flops import flops_per_token, peak_flops
 
 
 class Throughput(Callback):
-    """Logs ``throughput/{tokens_per_second, samples_per_second, peak_gib, mfu}`` every few optimizer steps.
+    """Logs ``throughput/{tokens_per_second, samples_per_second, step_seconds, peak_gib, mfu}`` every few steps.
 
     Rates are those of the whole job over all processes. The clock runs from batch to batch, data loading included,
     and stands still in validation. MFU = tokens/s x FLOPs a token / (peak FLOP/s x devices), see
@@ -36,6 +36,7 @@ class Throughput(Callback):
         self.peak_gib: float | None = None
         self._tokens_rates: list[float] = []
         self._samples_rates: list[float] = []
+        self._step_seconds: list[float] = []
         self._mfus: list[float] = []
         self._first_step = 0
         self._running_since: float | None = None
@@ -50,6 +51,11 @@ class Throughput(Callback):
     def samples_per_second(self) -> float | None:
         """Median over the measurements; None before the first one."""
         return statistics.median(self._samples_rates) if self._samples_rates else None
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Median over the measurements, of one optimizer step; None before the first one."""
+        return statistics.median(self._step_seconds) if self._step_seconds else None
 
     @property
     def mfu(self) -> float | None:
@@ -82,7 +88,8 @@ class Throughput(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin anew; weights may have been swapped until now."""
-        self._tokens_rates, self._samples_rates, self._mfus, self.peak_gib = [], [], [], None
+        self._tokens_rates, self._samples_rates, self._step_seconds, self._mfus = [], [], [], []
+        self.peak_gib = None
         self._flops_per_token = flops_per_token(pl_module)
         self._peak_flops = peak_flops(pl_module.device)
         self._first_step = trainer.global_step + self.warmup_steps
@@ -123,8 +130,13 @@ class Throughput(Callback):
         counts = torch.tensor([float(self._counted_tokens), float(self._counted_samples)], device=pl_module.device)
         tokens, samples = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
         self.peak_gib = _peak_gib(pl_module.device)
-        rates = {"samples_per_second": samples / self._seconds, "peak_gib": self.peak_gib}
+        rates = {
+            "samples_per_second": samples / self._seconds,
+            "step_seconds": self._seconds / (trainer.global_step - self._measured_from),
+            "peak_gib": self.peak_gib,
+        }
         self._samples_rates.append(rates["samples_per_second"])
+        self._step_seconds.append(rates["step_seconds"])
         if tokens:
             rates["tokens_per_second"] = tokens / self._seconds
             self._tokens_rates.append(rates["tokens_per_second"])

@@ -14,6 +14,7 @@ from qtrain.storage import storage_error
 from qtrain.verbs.keys import print_keys
 from qtrain.verbs.request import check_inputs, read_request, require_run, splits_of
 from qtrain.verbs.table import VERBS
+from qtrain.verbs.words import read_words
 
 USAGE = "qtrain VERB [recipe=NAME|PATH] [section.key=value ...]"
 
@@ -54,6 +55,9 @@ def _dispatch(words: list[str]) -> int:
     verb = VERBS.get(name)
     if any(word in ("-h", "--help") for word in rest):
         print_keys(name, rest)
+        return 0
+    if verb.words:
+        resolve(verb.run)(*read_words(name, rest))
         return 0
     if not verb.sections:
         if rest:

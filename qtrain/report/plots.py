@@ -28,6 +28,8 @@ COLOURS = {
 INK, RULE, TRAIN, VALIDATION, PAPER = COLOURS
 BETWEEN = re.compile("#06([0-9a-f]{2})06")
 """Stands in for so many per cent of the way from TRAIN to VALIDATION, in two hexadecimal digits."""
+RUN = re.compile("#07([0-9a-f]{2})07")
+"""Stands in for the colour of a run among several, ``--run-N``."""
 STEPS = [1, 2, 2.5, 5, 10]
 """Ticks lie at round numbers."""
 WIDE, SMALL = (14.4, 3.9), (4.7, 2.75)
@@ -38,12 +40,15 @@ NAME, MOST_NAMES = 13, 40
 
 @dataclass(frozen=True)
 class Curve:
-    """One line: its points, its colour, and how it is drawn."""
+    """One line: its points, its colour, and how it is drawn; ``dashes`` are units drawn and left out in turn."""
 
     points: Series
     colour: str = TRAIN
     smooth: bool = False
     dots: bool = False
+    dashes: tuple[float, ...] = ()
+    width: float = 1.8
+    alpha: float = 1.0
 
 
 def curves(
@@ -57,7 +62,16 @@ def curves(
             axes.plot(steps, values, color=line.colour, linewidth=0.8, alpha=0.4)
             values = smoothed(values)
         lone = len(values) == 1
-        axes.plot(steps, values, color=line.colour, linewidth=1.8, solid_capstyle="round")
+        style = (0, line.dashes) if line.dashes else "-"
+        axes.plot(
+            steps,
+            values,
+            color=line.colour,
+            linewidth=line.width,
+            linestyle=style,
+            alpha=line.alpha,
+            solid_capstyle="round",
+        )
         if line.dots or lone:
             axes.scatter(
                 steps, values, s=42, color=line.colour, edgecolors=PAPER, linewidths=1.5, zorder=3, clip_on=False
@@ -135,6 +149,11 @@ def heat_strips(
     axes.set_xlabel(across, loc="right")
     axes.set_ylim(-len(rows) + 0.5, 0.5)
     return _finish(figure, axes, unit, name, {-at: label for at, (label, _) in enumerate(rows)})
+
+
+def run_colour(at: int) -> str:
+    """Of the run at this place among several."""
+    return f"#07{at:02x}07"
 
 
 def _between(at: int, count: int) -> str:
@@ -231,4 +250,5 @@ def _inline(svg: str, name: str) -> str:
     svg = BETWEEN.sub(
         lambda found: f"color-mix(in srgb, {COLOURS[VALIDATION]} {int(found[1], 16)}%, {COLOURS[TRAIN]})", svg
     )
+    svg = RUN.sub(lambda found: f"var(--run-{int(found[1], 16)})", svg)
     return re.sub(r"\n\s*", "\n", svg).strip()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from collections import defaultdict
@@ -17,6 +18,8 @@ from qtrain.errors import CheckpointError
 
 Series = list[tuple[int, float]]
 """(optimizer step, value), in the order of the file."""
+RESULTS = ("adapter", "scales", "weights", "base")
+"""Folders that a method leaves its trained part in, and the packed base."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class RunFiles:
         samples: ``{step, prompt, text}`` of samples.jsonl.
         exports: format to figures, of export.json.
         diagnostics: diagnostic to layer to its series, of diagnostics.csv.
+        quantize: figures of quantize.json.
+        sizes: bytes of each folder that holds the result.
     """
 
     name: str
@@ -42,11 +47,25 @@ class RunFiles:
     samples: list[dict[str, Any]]
     exports: dict[str, dict[str, Any]]
     diagnostics: dict[str, dict[str, Series]] = field(default_factory=dict)
+    quantize: dict[str, Any] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The content of config.yaml; empty where it holds no sections."""
-        content = yaml.safe_load(self.config) if self.config else None
+        """The content of config.yaml; empty where it holds no sections.
+
+        Raises:
+            CheckpointError: it is no YAML.
+        """
+        try:
+            content = yaml.safe_load(self.config) if self.config else None
+        except yaml.YAMLError as error:
+            raise CheckpointError(
+                "no YAML: " + " ".join(str(error).split()),
+                where=f"config.yaml of {self.name}",
+                rule="config.yaml is the resolved config, as qtrain wrote it",
+                fix="restore it, or leave the run out",
+            ) from None
         return content if isinstance(content, dict) else {}
 
     @property
@@ -68,16 +87,31 @@ def read_run(run_dir: Path) -> RunFiles:
     config, samples = run_dir / "config.yaml", run_dir / "samples.jsonl"
     return RunFiles(
         name=run_dir.resolve().name,
-        config=config.read_text(encoding="utf-8") if config.exists() else "",
+        config=_text(config) if config.exists() else "",
         metrics=_metrics(run_dir / "metrics.csv"),
         fit=_json(run_dir / "fit.json"),
         data=_by_name(_json(run_dir / "data.json"), "data"),
-        samples=[_parsed(line, samples) for line in samples.read_text(encoding="utf-8").split("\n") if line.strip()]
+        samples=[_parsed(line, samples) for line in _text(samples).split("\n") if line.strip()]
         if samples.exists()
         else [],
         exports=_exports(_json(run_dir / "export.json")),
         diagnostics=_diagnostics(run_dir / "diagnostics.csv"),
+        quantize=_json(run_dir / "quantize.json"),
+        sizes={name: _size(run_dir / name) for name in RESULTS if (run_dir / name).is_dir()},
     )
+
+
+def _size(directory: Path) -> int:
+    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(
+            f"no UTF-8: {error.reason}", where=str(path), fix=f"remove {path.name}; the report leaves it out"
+        ) from None
 
 
 def _metrics(path: Path) -> dict[str, Series]:
@@ -85,13 +119,12 @@ def _metrics(path: Path) -> dict[str, Series]:
     series: dict[str, Series] = defaultdict(list)
     if not path.exists():
         return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(_whole(file)):
-            step = _number(row.pop("step", None))
-            for name, cell in row.items():
-                value = _number(cell)
-                if name and step is not None and value is not None:
-                    series[name].append((int(step), value))
+    for row in csv.DictReader(_whole(io.StringIO(_text(path)))):
+        step = _number(row.pop("step", None))
+        for name, cell in row.items():
+            value = _number(cell)
+            if name and step is not None and value is not None:
+                series[name].append((int(step), value))
     return dict(series)
 
 
@@ -100,11 +133,10 @@ def _diagnostics(path: Path) -> dict[str, dict[str, Series]]:
     found: dict[str, dict[str, Series]] = defaultdict(lambda: defaultdict(list))
     if not path.exists():
         return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(_whole(file)):
-            step, value = _number(row.get("step")), _number(row.get("value"))
-            if step is not None and value is not None:
-                found[row["diagnostic"]][row["layer"]].append((int(step), value))
+    for row in csv.DictReader(_whole(io.StringIO(_text(path)))):
+        step, value = _number(row.get("step")), _number(row.get("value"))
+        if step is not None and value is not None:
+            found[row["diagnostic"]][row["layer"]].append((int(step), value))
     return {name: dict(layers) for name, layers in found.items()}
 
 
@@ -122,7 +154,7 @@ def _number(cell: Any) -> float | None:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return _parsed(path.read_text(encoding="utf-8"), path) if path.exists() else {}
+    return _parsed(_text(path), path) if path.exists() else {}
 
 
 def _parsed(text: str, path: Path) -> dict[str, Any]:

@@ -129,6 +129,8 @@ def _deploy(
                 found["alternative"] = _alternative(reference, base)
     if lost := merge_loss(deployed, found, getattr(reference.config.method, "base", "none")):
         found["notes"].append(lost)
+        if "candidate_perplexity" in found:
+            found["merge_loss"] = found["candidate_perplexity"] / found["reference_perplexity"] - 1
     if options.evaluate:
         write_card(directory, {**facts, "figures": _figures(found)}, found)
     if note is not None:  # of this machine, so not for the card

@@ -112,6 +112,8 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
     facts = [f"optimizer   {config.optimizer.name}, {state / 1e6:,.1f} MB of state"]
     facts += [f"loss        {module.loss_path}", f"layers      {module.fused}", f"recompute   {module.recompute}"]
     facts.append(products(trainer))
+    if module.loading is not None:
+        facts.append(f"loading     {module.loading}")
     if module.blocks is not None:
         facts.append(f"blocks      {module.blocks}")
     if module.cache is not None:
@@ -155,6 +157,7 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
         "recovery": _recovery(baselines, after, init),
         **({"init": init} if init else {}),
         "tokens_per_second": throughput.tokens_per_second,
+        "step_seconds": throughput.step_seconds,
         "mfu": throughput.mfu,
         "peak_gib": throughput.peak_gib,
         "trained_parameters": sum(p.numel() for p in module.model.parameters() if p.requires_grad),

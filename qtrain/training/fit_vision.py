@@ -139,6 +139,7 @@ def fit(config: VisionConfig, run: RunDirectory) -> dict[str, Any]:
         **measured,
         "recovery": recovered.to_dict() if recovered else None,
         "images_per_second": throughput.samples_per_second,
+        "step_seconds": throughput.step_seconds,
         "peak_gib": throughput.peak_gib,
         "trained_parameters": parameters,
         "device": device_name(trainer.strategy.root_device),

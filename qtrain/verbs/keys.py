@@ -12,6 +12,7 @@ from qtrain.config.problems import section_of, shown, type_name
 from qtrain.config.schema import TASKS, RunConfig
 from qtrain.config.trainer_args import OWNED, trainer_arguments
 from qtrain.console import say
+from qtrain.registry import resolve
 from qtrain.verbs.table import VERBS
 
 
@@ -26,7 +27,9 @@ class Row(NamedTuple):
 def print_keys(verb: str, words: Sequence[str]) -> None:
     """List the keys of ``verb``, of the task that ``words`` name."""
     entry = VERBS.get(verb)
-    say(f"qtrain {verb} [recipe=NAME|PATH] [section.key=value ...]\n{entry.help}")
+    say(f"qtrain {verb} {entry.usage}\n{entry.help}")
+    if entry.options:
+        _print(list(rows_of(resolve(entry.options), verb)), verb)
     chosen = [word.partition("=")[2] for word in words if word.startswith("task=")]
     schema: type[RunConfig] = TASKS.get(chosen[-1] if chosen else entry.tasks[0])
     if len(entry.tasks) > 1:

@@ -20,6 +20,8 @@ class Verb:
         needs_run: works on a finished run.
         judges: works on exports of that run; ``model.path`` names them and not the run's own model.
         optional: its ``splits`` may be absent; data.train may not where the method looks at text.
+        words: bare words that it takes instead of a config, as its usage names them; ``run`` takes them then.
+        options: ``package.module:Section`` of the keys beside them, which begin with the verb's name.
     """
 
     help: str
@@ -30,6 +32,13 @@ class Verb:
     needs_run: bool = False
     judges: bool = False
     optional: bool = False
+    words: str = ""
+    options: str = ""
+
+    @property
+    def usage(self) -> str:
+        """What follows the verb."""
+        return f"{self.words} [key=value ...]" if self.words else "[recipe=NAME|PATH] [section.key=value ...]"
 
 
 EVERYWHERE = ("model", "run")
@@ -90,6 +99,13 @@ VERBS: Registry[Verb] = Registry(
             (*EVERYWHERE, "export"),
             needs_run=True,
             judges=True,
+        ),
+        "report": Verb(
+            "one run's page anew, or several runs compared on one page",
+            "qtrain.verbs.report:run",
+            (),
+            words="RUN [RUN ...]",
+            options="qtrain.report.config:ReportOptions",
         ),
         "recipes": Verb("list the recipes that come with qtrain", "qtrain.verbs.recipes:run", ()),
     },

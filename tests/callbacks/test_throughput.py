@@ -88,6 +88,7 @@ def test_rates_of_each_measurement_after_the_warm_up(tmp_path: Path, ticking: No
     # Steps 1 and 2, 3 and 4, 5 and 6: 2 batches of 12 tokens and 2 rows in one tick; 7 is no whole measurement.
     assert logged(tmp_path, "tokens_per_second") == {2: 24.0, 4: 24.0, 6: 24.0}
     assert logged(tmp_path, "samples_per_second") == {2: 4.0, 4: 4.0, 6: 4.0}
+    assert logged(tmp_path, "step_seconds") == {2: 0.5, 4: 0.5, 6: 0.5}
     assert callback.tokens_per_second == 24.0
     assert callback.mfu is None
 
