@@ -15,6 +15,7 @@ from qtrain.errors import DataError, ModelError
 from qtrain.evaluation.config import GenerateSection
 from qtrain.evaluation.inference import device_of, evaluating
 from qtrain.evaluation.progress import progress
+from qtrain.modules.growing_keys import growing_keys
 from qtrain.modules.kv.cache import quantized_cache
 from qtrain.modules.kv.prepare import kv_quantizers
 
@@ -77,7 +78,7 @@ def generate_ids(
     with evaluating(model), _seeded(section.seed, device_of(model)), _only(config, model):
         for batch in progress(batches, "generating"):
             ids, mask = _left_padded([encoded[i] for i in batch], config.pad_token_id, device_of(model))
-            with _cache(model) as cache:
+            with _cache(model) as cache, growing_keys():
                 output = model.generate(  # type: ignore[operator]
                     input_ids=ids, attention_mask=mask, generation_config=config, **cache
                 )

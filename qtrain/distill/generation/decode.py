@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qtrain.distill.generation.cache import preallocated_cache
+from qtrain.modules.growing_keys import growing_keys
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ def decode(
     seen = 0
     for column in range(texts.given, length):
         new = texts.ids[:, seen:column]
-        logits: Tensor = model(input_ids=new, past_key_values=cache, use_cache=True).logits[:, -1, :vocabulary]
+        with growing_keys():
+            logits: Tensor = model(input_ids=new, past_key_values=cache, use_cache=True).logits[:, -1, :vocabulary]
         seen = column
         chosen, entropy = sample(logits, texts.uniforms[:, column], temperature=temperature, top_k=top_k)
         if column < last_greedy:
