@@ -13,8 +13,8 @@ from qtrain.report.figures import readable, size
 from qtrain.report.sections import EXPORT_COLUMNS, exports
 
 NONE = "–"
-OTHER_TEXT = "Not measured on the same held-out text: compare these figures within a row, not between rows."
-OTHER_IMAGES = "Not measured on the same images: compare these figures within a row, not between rows."
+OTHER_TEXT = "Measured on different text, or in windows of different length: compare within a row, not between rows."
+OTHER_IMAGES = "Measured on different images: compare within a row, not between rows."
 Cells = Callable[[ComparedRun], Mapping[str, str]]
 
 
@@ -96,7 +96,6 @@ def _cost(run: ComparedRun) -> dict[str, str]:
         "wall time": readable(fit.get("seconds", run.files.quantize.get("seconds")), "seconds"),
         "trained part": ", ".join(f"{name} {count}" for name, count in trained.items()) or NONE,
         "packed base": size(sizes["base"]) if "base" in sizes else NONE,
-        "device": str(fit.get("device") or NONE),
     }
 
 
@@ -119,15 +118,15 @@ def _held_out(run: ComparedRun) -> list[Any]:
         keys = ("path", "validation_share")
         return [run.files.data.get("test", {}).get("samples"), *(run.setting("data", key) for key in keys)]
     facts = run.files.data.get("validation", {})
-    limit = run.setting("trainer", "limit_val_batches")
-    return [run.setting("data", "validation"), limit, facts.get("loss_tokens"), facts.get("tokens")]
+    settings = [run.setting("data", key) for key in ("validation", "max_length", "packing")]
+    return [*settings, run.setting("trainer", "limit_val_batches"), facts.get("loss_tokens"), facts.get("tokens")]
 
 
 def _merge_loss(run: ComparedRun) -> str:
     found = {name: facts["merge_loss"] for name, facts in run.files.exports.items() if "merge_loss" in facts}
     if len(found) == 1:
         return _change(*found.values())
-    return ", ".join(f"{_change(value)} {name}" for name, value in found.items()) or NONE
+    return "\n".join(f"{name} {_change(value)}" for name, value in found.items()) or NONE
 
 
 def _median(run: ComparedRun, figure: str) -> float | None:

@@ -9,6 +9,8 @@ from qtrain.report.plots import SMALL, WIDE, Curve, curves, smoothed
 from qtrain.report.run_files import Series
 from qtrain.report.sections import Plot
 
+HIGH = (WIDE[0], 5.2)
+"""Many lines need more room than two."""
 SMOOTHED_FROM = 30
 """Points of a training loss; a shorter one is drawn as it is."""
 
@@ -50,5 +52,5 @@ def _smooth(series: Series) -> Series:
 def _plot(title: str, unit: str, lines: Sequence[Curve]) -> Plot | None:
     if not lines:
         return None
-    wide, narrow = (curves(title.lower(), unit, lines, size) for size in (WIDE, SMALL))
+    wide, narrow = (curves(title.lower(), unit, lines, size) for size in (HIGH, SMALL))
     return Plot(title, wide, narrow)

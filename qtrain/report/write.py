@@ -58,12 +58,15 @@ def write_comparison(run_dirs: Sequence[Path], path: Path) -> Path:
         ErrorList: directories that hold no run, or the same one twice.
     """
     runs = read_runs(run_dirs)
-    about = [[_named(run.settings, "method", "name"), _named(run.settings, "model", "path")] for run in runs]
+    about = [
+        [_named(run.settings, "method", "name"), _network(run.settings), str(run.files.fit.get("device") or "–")]
+        for run in runs
+    ]
     page = _page(
         "comparison.html",
         name=f"{len(runs)} runs",
         subtitle=[],
-        about_columns=["method", "model", "state"],
+        about_columns=["method", "model", "device", "state"],
         about=list(zip(runs, about, strict=True)),
         plots=overlays(runs),
         tables=tables(runs),
@@ -91,6 +94,11 @@ def _subtitle(settings: Mapping[str, Any]) -> list[str]:
     names = [_named(settings, "method", "name", ""), _named(settings, "model", "path", "")]
     recipe = settings.get("recipe")
     return [name for name in (*names, f"recipe {recipe}" if recipe else "") if name]
+
+
+def _network(settings: Mapping[str, Any]) -> str:
+    """The model's path, or what an image classifier is called."""
+    return _named(settings, "model", "path", "") or _named(settings, "model", "architecture")
 
 
 def _named(settings: Mapping[str, Any], section: str, key: str, default: str = "–") -> str:
