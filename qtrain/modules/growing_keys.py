@@ -14,4 +14,4 @@ def growing_keys() -> AbstractContextManager[None]:
     a column took 117 ms, 15 of them on the GPU; flash attention takes 22 ms there and plans nothing.
     """
     backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    return sdpa_kernel(backends)  # type: ignore[no-untyped-call, no-any-return]
+    return sdpa_kernel(backends)
