@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from qtrain.errors import ModelError
 from qtrain.methods.config import KEPT, MethodSection
+from qtrain.methods.method import Method
 from qtrain.models.config import ModelSection
 from qtrain.models.load import load_model, unreadable
 from qtrain.models.packed import load_packed
@@ -17,6 +20,49 @@ from qtrain.models.quantized.header import header_of, quant_method
 from qtrain.models.quantized.registry import CODEBOOKS
 from qtrain.models.source import ModelSource, find_model
 from qtrain.models.stored import stored_directory
+from qtrain.models.unread import load_unread
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model for ``Method.prepare``.
+
+    Attributes:
+        loading: how it comes into memory, in words; None where there was no choice.
+    """
+
+    model: PreTrainedModel
+    loading: str | None
+
+
+def load_for(
+    method: Method[Any],
+    section: ModelSection,
+    dtype: torch.dtype,
+    *,
+    compute_dtype: torch.dtype,
+    device: torch.device,
+    whole: str | None = None,
+) -> Base:
+    """``load_base``, but where ``method`` quantizes layers one by one each is read from its file when it is its turn.
+
+    Then no more than one of them is in memory in 16 bits, and everything else is on ``device``.
+
+    Args:
+        whole: why all 16-bit weights are needed together; None: only as far as the method needs them.
+
+    Raises:
+        ModelError: as ``load_base``.
+    """
+    loading = None
+    if method.quantizes_alone and not method.options.keeps_codes:
+        if (found := _codes_of(source := find_model(section), section)) is not None:
+            raise _codes_in_the_way(found, method.options, source)
+        unread = whole or load_unread(section, dtype, device, method.quantized_alone)
+        if isinstance(unread, PreTrainedModel):
+            return Base(unread, "each layer quantized as it was read")
+        loading = f"whole, then quantized: {unread}"
+    return Base(load_base(section, method.options, dtype, compute_dtype=compute_dtype, device=device), loading)
 
 
 def load_base(

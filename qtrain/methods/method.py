@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -43,6 +43,15 @@ class Method(ABC, Generic[Options]):
     def keeps_base(self) -> bool:
         """Whether a run keeps the frozen part, packed, in RUN/base, and is loaded from there again."""
         return False
+
+    @property
+    def quantizes_alone(self) -> bool:
+        """Whether ``prepare`` looks at the weights of one layer at a time, and at nothing that flows between them."""
+        return False
+
+    def quantized_alone(self, model: PreTrainedModel) -> Collection[str]:
+        """Linear layers of ``model`` that ``prepare`` quantizes so: their weights may lie in files until then."""
+        return ()
 
     @abstractmethod
     def prepare(

@@ -7,7 +7,8 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -15,7 +16,7 @@ from qtrain.models.config import ModelSection
 from qtrain.models.load import unreadable
 from qtrain.models.quantized.header import read_header
 from qtrain.models.quantized.skeleton import empty_model, plain_config, restore_generation
-from qtrain.models.quantized.tensors import TensorFiles
+from qtrain.models.quantized.tensors import TensorFiles, weight_map
 from qtrain.models.source import find_model
 
 
@@ -29,7 +30,8 @@ class StoredWeights(Mapping[str, Tensor]):
         absent: names of parameters that are stored in another way, and are none of these.
 
     Attributes:
-        complete: the files hold all of it, by its own names and in its shapes; fused experts, say, are stored apart.
+        absent: names of the model's tensors that no file holds; fused experts, say, are stored apart.
+        complete: there is none, and all have the model's shapes.
 
     Raises:
         ModelError: damaged files.
@@ -56,7 +58,8 @@ class StoredWeights(Mapping[str, Tensor]):
         for name, tensor in tensors.items():
             if (place := name if name in self._files else places.get(id(tensor))) is not None:
                 self._names[name] = place
-        self.complete = self._names.keys() == tensors.keys() and all(
+        self.absent = sorted(tensors.keys() - self._names.keys())
+        self.complete = not self.absent and all(
             self._files.shape(place) == list(tensors[name].shape) for name, place in self._names.items()
         )
 
@@ -65,6 +68,10 @@ class StoredWeights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+    def place(self, name: str) -> tuple[str, int]:
+        """The file that holds a tensor, and its first byte there."""
+        return self._files.place(self._names[name])
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self._files.get(self._names[name])
@@ -97,10 +104,19 @@ def stored_directory(section: ModelSection) -> Path | None:
     if source.kind == "gguf":
         return None
     try:
-        files = ["*.safetensors", "*.json"]
+        files = [*_weight_files(source.location, section.revision), "*.json"]
         return Path(snapshot_download(source.location, revision=section.revision, allow_patterns=files))
     except (OSError, ValueError) as error:
         raise unreadable("model", source, error) from None
+
+
+def _weight_files(hub_id: str, revision: str | None) -> list[str]:
+    """Those that make up the model: beside them a repository may hold the same weights in other layouts."""
+    try:
+        index = Path(hf_hub_download(hub_id, "model.safetensors.index.json", revision=revision))
+    except EntryNotFoundError:  # in one file; or, without a network, not in the cache
+        return ["model.safetensors"]
+    return sorted(set(weight_map(index).values()))
 
 
 def _saved_buffers(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from qtrain.kernels.nf4_quantize import nf4_quantize
 from qtrain.modules.packed_linear import PackedLinear
+from qtrain.modules.unread_linear import in_file_order, read_weight
 
 OUTLIER_THRESHOLD = 6.0
 """Input columns with an entry above this run in 16 bits (LLM.int8(), Dettmers 2022, arXiv 2208.07339)."""
@@ -48,10 +49,11 @@ def freeze_linear(
         compute_dtype: of the product with the dequantized weight.
     """
     frozen = frozen_shell(linear, base, double_quant=double_quant, compute_dtype=compute_dtype)
+    weight = read_weight(linear)
     if isinstance(frozen, bnb.nn.Linear8bitLt):
-        frozen.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+        frozen.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
     elif base == "nf4" and device.type == "cpu":
-        words, state = nf4_quantize(linear.weight.data.to(device), double_quant=double_quant)
+        words, state = nf4_quantize(weight.to(device), double_quant=double_quant)
         frozen.weight = bnb.nn.Params4bit(
             words,
             requires_grad=False,
@@ -64,7 +66,7 @@ def freeze_linear(
         frozen.quant_state = state
     else:
         frozen.weight = bnb.nn.Params4bit(
-            linear.weight.data, requires_grad=False, compress_statistics=double_quant, quant_type=base, module=frozen
+            weight, requires_grad=False, compress_statistics=double_quant, quant_type=base, module=frozen
         )
     return settle(frozen, linear.bias, device)
 
@@ -127,9 +129,10 @@ def quantize_base(
 ) -> None:
     """Replace every linear but lm_head by its frozen copy, then move the rest to ``device``, in place.
 
-    Each layer crosses to the device alone and is quantized there: the 16-bit model is never there whole.
+    Each layer crosses to the device alone and is quantized there: the 16-bit model is never there whole; in no memory
+    at all where the layers are read from their files one by one (``UnreadLinear``).
     """
-    layers = list(linears(model))
+    layers = list(in_file_order(dict(linears(model))).items())
     for name, linear in progress(iter(layers), len(layers)) if progress else layers:
         frozen = freeze_linear(linear, base, double_quant=double_quant, compute_dtype=compute_dtype, device=device)
         model.set_submodule(name, frozen)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -133,7 +134,9 @@ def inference(model: nn.Module) -> Iterator[None]:
 
     A module that came into the model meanwhile gets the model's mode.
     """
-    training, modes = model.training, {module: module.training for module in model.modules()}
+    training = model.training
+    # What is replaced meanwhile must leave the memory: layers hold their 16-bit weights.
+    modes = WeakKeyDictionary({module: module.training for module in model.modules()})
     precision = torch.get_float32_matmul_precision()
     model.eval()
     torch.set_float32_matmul_precision("highest")

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from qtrain.errors import DataError, ModelError
 from qtrain.modules.record import LinearRecord
+from qtrain.modules.unread_linear import read_weight
 from qtrain.numerics.spec import QuantSpec
 from qtrain.ptq.activation_stats import inference
 from qtrain.ptq.balance import Balancing
@@ -136,7 +137,7 @@ class _Walk:
         """Quantize and place one layer."""
         linear = self.model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        weight = linear.weight.detach()
+        weight = read_weight(linear)
         try:
             record = self.start.quantize(weight, self.specs[name], inputs)
         except ModelError as error:

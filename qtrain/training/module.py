@@ -27,7 +27,7 @@ from qtrain.distill.layerwise import distill_layerwise
 from qtrain.distill.teacher import Teacher, teacher_model
 from qtrain.distill.token_loss import choose_cached, choose_online
 from qtrain.errors import ModelError
-from qtrain.methods.base import load_base
+from qtrain.methods.base import load_for
 from qtrain.methods.method import Context, Progress, build_method
 from qtrain.models.dtype import resolve_dtypes
 from qtrain.models.fingerprint import fingerprint
@@ -82,6 +82,7 @@ class LanguageModule(L.LightningModule):
         self.method = build_method(config.method)
         self.model: nn.Module | None = None
         self.loss_path = self.fused = ""
+        self.loading: str | None = None
         self.blocks: str | None = None
         self._base, self._tokenizer, self._progress = base, tokenizer, progress
         self._packed, self._scratch, self._restoring = packed, scratch, restoring
@@ -221,7 +222,18 @@ class LanguageModule(L.LightningModule):
     def _load_base(self, storage: torch.dtype, compute: torch.dtype, device: torch.device) -> PreTrainedModel:
         if self._packed is not None:
             return load_packed(self._packed, storage, attention=self.config.model.attention)
-        return load_base(self.config.model, self.config.method, storage, compute_dtype=compute, device=device)
+        distill = self.config.distill
+        taught = distill.teacher is None and (distill.layerwise is not None or distill.loss != "none")
+        found = load_for(
+            self.method,
+            self.config.model,
+            storage,
+            compute_dtype=compute,
+            device=device,
+            whole="the teacher is model.path in full precision" if taught else None,
+        )
+        self.loading = found.loading
+        return found.model
 
     def _teacher(self, base: PreTrainedModel, compute: torch.dtype, device: torch.device) -> Teacher:
         """The full-precision twin on ``device``.

@@ -45,16 +45,18 @@ def quantize_run(config: Config, run: RunDirectory) -> dict[str, Any]:
     run.start(resume=False, overwrite=config.run.overwrite)
     device = best_device()
     storage, compute = resolve_dtypes(config.model.dtype, config.method.compute_dtype, device)
-    base = load_base(config.model, config.method, storage, compute_dtype=compute, device=device)
+    measured = config.data.validation is not None
+    base = None
+    if measured:  # else each layer may be read when it is quantized
+        base = load_base(config.model, config.method, storage, compute_dtype=compute, device=device)
     module = LanguageModule(config, base=base, progress=progress_over("quantizing"), scratch=run.scratch)
     data = LanguageData(config.data, module.tokenizer, seed=config.run.seed)
-    measured = config.data.validation is not None
     for stage, wanted in (("fit", config.data.train is not None), ("validate", measured)):
         if wanted:
             data.setup(stage)
             break
     limit = config.trainer.get("limit_val_batches")
-    full = _perplexity(base.to(device), data, compute, limit) if measured else None  # type: ignore[arg-type]
+    full = None if base is None else _perplexity(base.to(device), data, compute, limit)  # type: ignore[arg-type]
     started = time.monotonic()
     model = module.build(device, data)
     if config.method.looks_at_text:
@@ -68,7 +70,8 @@ def quantize_run(config: Config, run: RunDirectory) -> dict[str, Any]:
         save_packed(plain, whole)
         module.tokenizer.save_pretrained(whole)
     shutil.rmtree(run.scratch, ignore_errors=True)
-    say(module.method.lines(model), title="model")
+    loading = [f"loading     {module.loading}"] if module.loading is not None else []
+    say([*module.method.lines(model), *loading], title="model")
     figures = {
         "perplexity_full": full,
         "perplexity_quantized": quantized,

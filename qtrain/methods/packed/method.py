@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from qtrain.methods.method import Context, Method, Progress, Text
 from qtrain.methods.packed.config import PackedOptions
 from qtrain.methods.packed.deployed import deployed_tensors
 from qtrain.methods.packed.lines import packed_lines
-from qtrain.methods.packed.pack import pack_layers
+from qtrain.methods.packed.pack import layers_to_pack, pack_layers, reads_weights_alone
 from qtrain.methods.packed.streamed import StoredLayers
 from qtrain.methods.streamed import RunFiles, Streamed
 from qtrain.models.packed import packed_skeleton
@@ -37,6 +37,15 @@ class PackedMethod(Method[Options]):
     def keeps_base(self) -> bool:
         """Always."""
         return True
+
+    @property
+    def quantizes_alone(self) -> bool:
+        """But for starting points that look at text."""
+        return reads_weights_alone(self.options)
+
+    def quantized_alone(self, model: PreTrainedModel) -> Collection[str]:
+        """All that is packed."""
+        return layers_to_pack(model, self.options)
 
     def prepare(
         self,

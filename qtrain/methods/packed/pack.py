@@ -22,6 +22,7 @@ from qtrain.modules.layer_options import Options, check_patterns, layer_options,
 from qtrain.modules.packed_identity import packed_layers
 from qtrain.modules.packed_linear import PackedLinear
 from qtrain.modules.record import LinearRecord
+from qtrain.modules.unread_linear import in_file_order
 from qtrain.numerics.spec import QuantSpec
 from qtrain.ptq.config import BlockApSection
 from qtrain.ptq.start import Inputs, Start
@@ -60,6 +61,11 @@ def pack_layers(
     for layer in packed_layers(model).values():
         layer.tiles = tiles
     model.to(device)  # type: ignore[arg-type]
+
+
+def reads_weights_alone(options: PackedKeys) -> bool:
+    """Whether the starting point quantizes each layer by its own weight."""
+    return options.init != KEPT and not options.start.needs_text
 
 
 def layers_to_pack(model: PreTrainedModel, options: PackedKeys) -> dict[str, Options]:
@@ -112,7 +118,8 @@ def _choose(
             )
         rows = text(options.start.rows if isinstance(options.start, BlockApSection) else options.calibration_rows)
         model.to(device)  # type: ignore[arg-type]
-    specs = {name: _spec(asked["weight"]) for name, asked in chosen.items()}
+    order = in_file_order({name: model.get_submodule(name) for name in chosen})
+    specs = {name: _spec(chosen[name]["weight"]) for name in order}
 
     def place(name: str, linear: nn.Linear, record: LinearRecord) -> None:
         bias = None if linear.bias is None else linear.bias.detach().to(device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from qtrain.files import atomic_directory
 from qtrain.methods.config import KEPT
 from qtrain.methods.method import Context, Method, Progress, Text
 from qtrain.methods.packed.lines import packed_lines
-from qtrain.methods.packed.pack import pack_layers
+from qtrain.methods.packed.pack import layers_to_pack, pack_layers, reads_weights_alone
 from qtrain.methods.qlora.config import QLoraOptions
 from qtrain.methods.qlora.deployed import deployed_tensors
 from qtrain.methods.qlora.layers import linear_layers, target_names
@@ -31,7 +31,7 @@ from qtrain.methods.streamed import RunFiles, Streamed
 from qtrain.models.stored import stored_weights
 from qtrain.models.trained_tensors import read_tensors
 from qtrain.modules.deployed import DeployedModel
-from qtrain.modules.frozen_linear import frozen_kind, quantize_base
+from qtrain.modules.frozen_linear import frozen_kind, linears, quantize_base
 from qtrain.modules.fused_blocks import fuse_blocks
 from qtrain.modules.packed_identity import packed_layers
 
@@ -50,6 +50,17 @@ class QLora(Method[QLoraOptions]):
     def keeps_base(self) -> bool:
         """Where a starting point chose the codes: another device, or other text, would choose others."""
         return self.options.base == "packed"
+
+    @property
+    def quantizes_alone(self) -> bool:
+        """But for starting points that look at text."""
+        packed = self.options.packed
+        return self.options.base not in ("none", KEPT) if packed is None else reads_weights_alone(packed)
+
+    def quantized_alone(self, model: PreTrainedModel) -> Collection[str]:
+        """All that the base quantizes."""
+        packed = self.options.packed
+        return [name for name, _ in linears(model)] if packed is None else layers_to_pack(model, packed)
 
     def prepare(
         self,

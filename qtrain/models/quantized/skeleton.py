@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -118,11 +119,25 @@ def load_rest(
             rule="every parameter is in the files, or tied to one that is",
             fix="download the directory again",
         )
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.to(device)
+    settle_buffers(model, device)
     restore_generation(model, directory)
+
+
+def settle_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Bring buffers to ``device``, what a model computes itself as ``from_pretrained`` has it: in fp32 arithmetic.
+
+    Built in bf16, GPT-J's table of positions would be one of bf16's sines.
+    """
+    exact: dict[str, Tensor] = {}
+    if model.dtype != torch.float32:
+        exact = dict(empty_model(copy.deepcopy(model.config), torch.float32).named_buffers())
+    for path, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is None:
+                continue
+            if name in module._non_persistent_buffers_set:
+                buffer = exact.get(f"{path}.{name}" if path else name, buffer).to(buffer.dtype)
+            module._buffers[name] = buffer.to(device)
 
 
 def restore_generation(model: PreTrainedModel, directory: Path) -> None:

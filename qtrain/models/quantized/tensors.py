@@ -49,7 +49,7 @@ class TensorFiles:
         if (directory / "model.safetensors").is_file():
             paths = [directory / "model.safetensors"]
         elif index.is_file():
-            promised = _weight_map(index)
+            promised = weight_map(index)
             paths = [directory / name for name in sorted(set(promised.values()))]
         else:
             paths = sorted(directory.glob("*.safetensors"))
@@ -144,6 +144,10 @@ class TensorFiles:
             raise ModelError(f"{name} holds NaN or inf", where=self.where(name), rule="scales are finite", fix=FIX)
         return scale
 
+    def place(self, name: str) -> tuple[str, int]:
+        """The file that holds a tensor, and its first byte there."""
+        return str(self._paths[name]), self._places[name][0]
+
     def where(self, name: str) -> str:
         """The file that holds a tensor."""
         return str(self._paths.get(name, self.directory))
@@ -178,7 +182,8 @@ def _read_ahead(path: Path, first: int, length: int) -> None:
             os.close(handle)
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def weight_map(index: Path) -> dict[str, str]:
+    """The name of each tensor to that of its file, from a model.safetensors.index.json."""
     fix = "download the directory again"
     try:
         found: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
