@@ -94,9 +94,9 @@ def other_text(directory: Path, text: str) -> dict[str, float]:
     config = load_recipe(directory / "config.yaml", f"data.validation={text}", "distill.loss=none", "method.init=null")
     module = LanguageModule(config)
     data = LanguageData(config.data, module.tokenizer)
-    data.setup("validate")
+    data.setup("fit")  # smoothed keys look at rows of the training text
     rows = [row for row in data.rows("validation", 64) if row.shape[1] == config.data.max_length][:64]
-    model = module.build(best_device())
+    model = module.build(best_device(), data)
     found = {}
     with torch.autocast(best_device().type, dtype=torch.bfloat16, enabled=best_device().type == "cuda"):
         for name, entered in module.method.baselines(model).items():
