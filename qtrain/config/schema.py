@@ -76,7 +76,11 @@ class WandbSection(Section):
     project: str = Field("qtrain", description="project in W&B")
     entity: str | None = Field(None, description="team or user in W&B")
     tags: list[str] = Field(default_factory=list, description="labels of the run")
-    artifacts: bool = Field(True, description="upload the adapter and the export")
+    artifacts: bool = Field(True, description="log base, what was trained, and exports, with what came from what")
+    upload: list[Literal["base", "adapter", "scales", "weights", "export"]] = Field(
+        default_factory=lambda: ["adapter", "scales"],  # type: ignore[arg-type]
+        description="artifacts whose files go to W&B; of the others it keeps paths and checksums",
+    )
 
 
 class RunConfig(Section):

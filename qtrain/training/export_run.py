@@ -19,16 +19,19 @@ from qtrain.export.verify.files import digests
 from qtrain.export.verify.verdict import Verdict
 from qtrain.export.writer import Writer
 from qtrain.files import read_json, write_json
+from qtrain.models.fingerprint import fingerprint
 from qtrain.models.load import load_model
+from qtrain.models.source import find_model
 from qtrain.paths import unreachable
 from qtrain.registry import resolve
 from qtrain.report.write import write_report
 from qtrain.training.export_key import export_key
+from qtrain.training.lineage import log_export
 from qtrain.training.merge_loss import merge_loss
 from qtrain.training.reference import Reference
 from qtrain.training.run_directory import RunDirectory
 from qtrain.training.streamed import StreamedRun
-from qtrain.training.tracking import close, log_artifacts, loggers
+from qtrain.training.tracking import close, export_loggers
 from qtrain.training.verify_run import check_written, judge, loaded_export
 
 CARD_TAG = "\n- qtrain\n"
@@ -76,10 +79,9 @@ def export_run(config: Config, run: RunDirectory) -> dict[str, Any]:
     if verdict is not None and not verdict.passed:
         raise ErrorList(verdict.failures_with("run the export again; if it fails again, this is a defect of qtrain"))
     if config.wandb.enabled:
-        again = config.model_copy(update={"run": config.run.model_copy(update={"resume": True})})
-        open_loggers = loggers(again, run.path)
-        log_artifacts(config, open_loggers, {"export": directory})
-        close(open_loggers)
+        opened, name = export_loggers(config, run, options.format)
+        log_export(config, opened, run.trained, name, _fingerprint(config), found)
+        close(opened)
     return found
 
 
@@ -194,6 +196,10 @@ def _in_the_way(directory: Path, config: Config) -> str | None:
     card = directory / "README.md"
     ours = card.is_file() and CARD_TAG in card.read_text(encoding="utf-8", errors="replace")
     return "the directory holds something else" if any(directory.iterdir()) and not ours else None
+
+
+def _fingerprint(config: Config) -> str | None:
+    return fingerprint(find_model(config.model), config.model.revision) if config.model.path else None
 
 
 def _record(run: RunDirectory, export_format: str, found: dict[str, Any]) -> None:

@@ -31,12 +31,13 @@ from qtrain.modules.calibrate import start_weights
 from qtrain.report.write import write_report
 from qtrain.training import processes
 from qtrain.training.first_batch import AtFirstBatch
+from qtrain.training.lineage import log_trained, use_base
 from qtrain.training.module import LanguageModule
 from qtrain.training.optimizers import state_bytes
 from qtrain.training.run_directory import RunDirectory
 from qtrain.training.sharding import ShardedStrategy, unshard
 from qtrain.training.strategies import check_served
-from qtrain.training.tracking import close, log_artifacts, log_recovery, loggers
+from qtrain.training.tracking import close, log_recovery, loggers
 from qtrain.training.trainer import (
     device_name,
     finished,
@@ -108,6 +109,7 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
         trainer.callbacks.append(AtFirstBatch(partial(_adopt, config, run, data)))  # type: ignore[attr-defined]
     own = read_checkpoint(str(checkpoint)).get(KEY, {}) if checkpoint else {}
     trainer.loggers = loggers(config, run.path, step, own.get("row"))
+    use_base(config, trainer.loggers, config.model.path, module.base_fingerprint)
     state = state_bytes((p for p in module.model.parameters() if p.requires_grad), config.optimizer)
     facts = [f"optimizer   {config.optimizer.name}, {state / 1e6:,.1f} MB of state"]
     facts += [f"loss        {module.loss_path}", f"layers      {module.fused}", f"recompute   {module.recompute}"]
@@ -177,7 +179,7 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
             module.method.save(module.model, whole)
             module.tokenizer.save_pretrained(whole)
         log_recovery(trainer.loggers, figures["recovery"], trainer.global_step)
-        log_artifacts(config, trainer.loggers, {module.method.artifact: trained})
+        log_trained(config, trainer.loggers, trained, module.base_fingerprint, figures)
         close(trainer.loggers)
         write_json(run.result("fit"), figures)  # only now is there nothing left to go on with
         write_report(run.path)

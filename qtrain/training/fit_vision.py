@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -29,8 +30,9 @@ from qtrain.training.image_quantization import (
     recovery,
     untrained_accuracies,
 )
+from qtrain.training.lineage import log_trained, use_base
 from qtrain.training.run_directory import RunDirectory
-from qtrain.training.tracking import close, log_artifacts, log_recovery, loggers
+from qtrain.training.tracking import close, log_recovery, loggers
 from qtrain.training.trainer import (
     device_name,
     finished,
@@ -112,6 +114,8 @@ def fit(config: VisionConfig, run: RunDirectory) -> dict[str, Any]:
         trainer.callbacks.append(AtFirstBatch(partial(_adopt, config, run, data)))  # type: ignore[attr-defined]
     own = read_checkpoint(str(checkpoint)).get(KEY, {}) if checkpoint else {}
     trainer.loggers = loggers(config, run.path, step, own.get("row"))
+    base = _fingerprint(config.model.weights)
+    use_base(config, trainer.loggers, config.model.weights, base)
     if checkpoint is None:
         if trainer.is_global_zero:
             write_json(run.result("baselines"), untrained)
@@ -150,7 +154,7 @@ def fit(config: VisionConfig, run: RunDirectory) -> dict[str, Any]:
         weights = run.path / "weights"
         save_weights(module.model, weights)
         log_recovery(trainer.loggers, figures["recovery"], trainer.global_step)
-        log_artifacts(config, trainer.loggers, {"weights": weights})
+        log_trained(config, trainer.loggers, weights, base, figures)
         close(trainer.loggers)
         write_json(run.result("fit"), figures)  # only now is there nothing left to go on with
         write_report(run.path)
@@ -161,6 +165,11 @@ def _adopt(config: VisionConfig, run: RunDirectory, data: ImageData) -> None:
     """What this run is from now on."""
     save_config(config, run.config)
     write_json(run.result("data"), data.summary())
+
+
+def _fingerprint(weights: str | None) -> str | None:
+    """Of the weights that the run began with; a classifier's are few enough to be hashed whole."""
+    return hashlib.sha256(find_weights(weights).read_bytes()).hexdigest()[:32] if weights else None
 
 
 def _check_length(trainer: L.Trainer) -> None:

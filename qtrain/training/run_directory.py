@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from qtrain.paths import unreachable
 CHECKPOINTS = "checkpoints"
 ARTIFACTS = ("adapter", "weights", "scales")
 """Folders that methods leave their trained part in."""
+SWEEP, SWEEP_RUN = "WANDB_SWEEP_ID", "WANDB_RUN_ID"
+"""What a W&B agent tells the processes that it starts."""
 
 
 @dataclass(frozen=True)
@@ -23,13 +26,17 @@ class RunDirectory:
 
     @classmethod
     def of(cls, config: RunConfig, default_name: str = "run") -> RunDirectory:
-        """``run.dir``, else ``runs/NAME`` by ``run.name``, the recipe's name or ``default_name``.
+        """``run.dir``, else ``runs/NAME`` by ``run.name``, the recipe's name or ``default_name``; of a run that a W&B
+        agent starts, ``runs/sweep-SWEEP/NAME-RUN``: all of them have the same name.
 
         Raises:
             CheckpointError: no directory can lie there.
         """
         recipe = Path(config.recipe).stem if config.recipe else None
-        path = Path(config.run.dir or Path("runs") / (config.run.name or recipe or default_name))
+        name = config.run.name or recipe or default_name
+        sweep, member = os.environ.get(SWEEP), os.environ.get(SWEEP_RUN)
+        parts = (f"sweep-{sweep}", f"{name}-{member}") if sweep and member else (name,)
+        path = Path(config.run.dir or Path("runs", *parts))
         reason = unreachable(path) or ("a file lies there" if path.is_file() else None)
         if reason:
             raise CheckpointError(

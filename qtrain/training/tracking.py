@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import logging
-import re
+import os
+import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from qtrain.config.schema import RunConfig
+from qtrain.files import read_json, write_json
+from qtrain.training.lineage import name_of
 from qtrain.training.metrics_file import MetricsFile, Row
+from qtrain.training.run_directory import SWEEP, RunDirectory
 
 log = logging.getLogger(__name__)
 WITHOUT = "W&B is off, figures go to metrics.csv alone: %s"
@@ -31,31 +36,33 @@ def loggers(
     """
     keep_below = resume_step if config.run.resume else 0
     csv: Logger = MetricsFile(run_dir / "metrics.csv", keep_below=keep_below, last_row=last_row)
-    wandb = _wandb_logger(config, run_dir) if config.wandb.enabled else None
-    return [csv, wandb] if wandb else [csv]
+    if not config.wandb.enabled:
+        return [csv]
+    started = RunDirectory(run_dir)
+    named = None if SWEEP in os.environ else config.run.name  # each run of a sweep has the same
+    keys = {
+        "name": named or run_dir.name,
+        "job_type": "fit",
+        "version": _started(started).get("id") if config.run.resume else None,
+    }
+    wandb = _wandb_logger(config, run_dir, keys)
+    if wandb is None:
+        return [csv]
+    write_json(started.result("wandb"), {"id": wandb.experiment.id, "name": name_of(wandb.experiment)})
+    return [csv, wandb]
 
 
-@rank_zero_only
-def log_artifacts(config: RunConfig, loggers: Iterable[Logger], directories: Mapping[str, Path]) -> None:
-    """Upload each directory to W&B as an artifact ``RUN-NAME`` of type model; without W&B there is nothing to do.
+def export_loggers(config: RunConfig, run: RunDirectory, export_format: str) -> tuple[list[Logger], str]:
+    """W&B, if it is enabled and can be reached, in a run of its own beside the one that trained; and that one's name.
 
-    Args:
-        config: ``wandb.artifacts`` switches it off.
-        loggers: those of the run.
-        directories: what it is (``adapter``, ``weights``, ``export``) and where it lies.
+    An export may be made days later, elsewhere and again: what it logs is no figure of the training.
     """
-    if not config.wandb.artifacts:
-        return
-    for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            import wandb  # here it is installed, or there would be no such logger
-
-            for name, directory in directories.items():
-                # W&B takes letters, digits, dashes, underscores and dots.
-                run = re.sub(r"[^\w.-]", "-", logger.experiment.name or logger.experiment.id, flags=re.ASCII)
-                artifact = wandb.Artifact(f"{run}-{name}", type="model")
-                artifact.add_dir(str(directory))
-                logger.experiment.log_artifact(artifact)
+    known = _started(run)
+    name = known.get("name") or config.run.name or run.path.name
+    # An id of its own, or a job that exports WANDB_RUN_ID would write over the run that trained.
+    keys = {"name": f"{name}-{export_format}", "group": name, "job_type": "export", "version": secrets.token_hex(4)}
+    wandb = _wandb_logger(config, run.path, keys) if config.wandb.enabled else None
+    return ([wandb] if wandb else []), name
 
 
 @rank_zero_only
@@ -77,7 +84,7 @@ def close(loggers: Iterable[Logger]) -> None:
 
 
 @rank_zero_only
-def _wandb_logger(config: RunConfig, run_dir: Path) -> WandbLogger | None:
+def _wandb_logger(config: RunConfig, run_dir: Path, keys: Mapping[str, Any]) -> WandbLogger | None:
     try:
         import wandb  # it takes 1 s, and a run without it is a run
     except ImportError:
@@ -93,11 +100,10 @@ def _wandb_logger(config: RunConfig, run_dir: Path) -> WandbLogger | None:
         logger = WandbLogger(
             project=config.wandb.project,
             entity=config.wandb.entity,
-            name=config.run.name or run_dir.name,
-            version=_newest_id(run_dir) if config.run.resume else None,
             tags=config.wandb.tags,
             save_dir=run_dir,
             config=config.model_dump(mode="json"),
+            **keys,
         )
         run = logger.experiment  # starts it: here a failure costs no training
     except wandb.errors.Error as error:
@@ -107,7 +113,7 @@ def _wandb_logger(config: RunConfig, run_dir: Path) -> WandbLogger | None:
     return logger
 
 
-def _newest_id(run_dir: Path) -> str | None:
-    """Id of the W&B run that was started last in this directory: W&B names its folder ``…run-DATE-ID``."""
-    latest = run_dir / "wandb" / "latest-run"
-    return latest.resolve().name.rsplit("-", 1)[-1] if latest.exists() else None
+def _started(run: RunDirectory) -> dict[str, Any]:
+    """Id and name of the W&B run that trained here, if there was one."""
+    path = run.result("wandb")
+    return read_json(path) if path.is_file() else {}

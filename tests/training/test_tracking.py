@@ -6,8 +6,7 @@ import builtins
 import csv
 import json
 import logging
-import struct
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from qtrain.config.schema import Config
 from qtrain.export.config import ExportSection
 from qtrain.methods.qlora.config import QLoraOptions
 from qtrain.training.metrics_file import MetricsFile
-from qtrain.training.tracking import log_artifacts, loggers
+from qtrain.training.tracking import loggers
 
 
 def config(**sections: Any) -> Config:
@@ -131,62 +130,25 @@ def test_the_trainer_writes_to_it_and_takes_its_directory(tmp_path: Path) -> Non
 # --- Weights & Biases
 
 
-def records(path: Path) -> Iterator[Record]:
-    """The records of a .wandb file: LevelDB's log format behind a header of 7 bytes.
-
-    A block has 32 KiB, a chunk in it a header of checksum (4 bytes), length (2) and type (1): 1 is a whole record,
-    2, 3 and 4 are the first, middle and last part of one.
-    """
-    content, offset, record = path.read_bytes(), 7, b""
-    assert content.startswith(b":W&B")
-    while offset + 7 <= len(content):
-        left = 32768 - offset % 32768
-        if left < 7:  # no room for a header: the block is filled with zeros
-            offset += left
-            continue
-        _, length, kind = struct.unpack_from("<IHB", content, offset)
-        record += content[offset + 7 : offset + 7 + length]
-        offset += 7 + length
-        if kind in (1, 4):
-            yield Record.FromString(record)
-            record = b""
-
-
-@pytest.fixture
-def fresh_wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
-    """W&B as on a machine that never saw it: its settings are read once a process, from environment and home."""
-    for name in ("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE"):
-        monkeypatch.delenv(name, raising=False)
-    for name in ("HOME", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
-        monkeypatch.setenv(name, str(tmp_path / "home"))
-    monkeypatch.setenv("NETRC", str(tmp_path / "home" / "netrc"))
-    wandb.teardown()
-    yield monkeypatch
-    wandb.teardown()
-
-
-def test_an_offline_run_holds_config_metrics_table_and_artifacts(
-    fresh_wandb: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+def test_an_offline_run_holds_config_metrics_and_table(
+    fresh_wandb: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    wandb_records: Callable[[Path], list[Record]],
 ) -> None:
     fresh_wandb.setenv("WANDB_MODE", "offline")
     settings = config(run={"name": "a run/1"}, wandb={"enabled": True, "project": "bench", "tags": ["int4"]})
-    adapter, export = tmp_path / "adapter", tmp_path / "export"
-    for directory in (adapter, export):
-        directory.mkdir()
-        (directory / f"{directory.name}.json").write_text("{}")
-
     both = loggers(settings, tmp_path / "run")
     wandb_logger = both[1]
     assert isinstance(wandb_logger, WandbLogger)
     log_steps(wandb_logger, range(3), lr=0.5)
     wandb_logger.log_table("samples", columns=["prompt", "answer"], data=[["3 in in mm?", "76.2 mm"]], step=2)
-    log_artifacts(settings, both, {"adapter": adapter, "export": export})
     run_id = wandb_logger.version
     wandb.finish()
     wandb.teardown()  # the service writes the file out when it ends
 
     (file,) = (tmp_path / "run").glob(f"wandb/offline-run-*-{run_id}/*.wandb")
-    written = list(records(file))
+    written = wandb_records(file)
     run = next(record.run for record in written if record.WhichOneof("record_type") == "run")
     assert (run.display_name, run.project, list(run.tags)) == ("a run/1", "bench", ["int4"])
 
@@ -208,16 +170,6 @@ def test_an_offline_run_holds_config_metrics_table_and_artifacts(
     table = json.loads((file.parent / "files" / table_path).read_text())
     assert (table["columns"], table["data"]) == (["prompt", "answer"], [["3 in in mm?", "76.2 mm"]])
 
-    artifacts = {
-        record.request.log_artifact.artifact.name: record.request.log_artifact.artifact
-        for record in written
-        if record.WhichOneof("record_type") == "request"
-    } | {record.artifact.name: record.artifact for record in written if record.WhichOneof("record_type") == "artifact"}
-    for name in ("adapter", "export"):
-        artifact = artifacts[f"a-run-1-{name}"]
-        assert artifact.type == "model"
-        assert [entry.path for entry in artifact.manifest.contents] == [f"{name}.json"]
-
     assert capfd.readouterr() == ("", "")
 
 
@@ -229,18 +181,7 @@ def test_a_resumed_run_goes_on_under_its_id(fresh_wandb: pytest.MonkeyPatch, tmp
         ids.append(loggers(settings, tmp_path / "run")[1].version)
         wandb.finish()
     assert ids[0] == ids[1] != ids[2]
-
-
-def test_artifacts_can_be_switched_off(tmp_path: Path) -> None:
-    class Untouchable(WandbLogger):
-        def __init__(self) -> None:
-            pass
-
-        @property
-        def experiment(self) -> Any:
-            raise AssertionError
-
-    log_artifacts(config(wandb={"artifacts": False}), [Untouchable()], {"adapter": tmp_path})
+    assert json.loads((tmp_path / "run" / "wandb.json").read_text()) == {"id": ids[2], "name": "run"}
 
 
 def only_csv(settings: Config, directory: Path, caplog: pytest.LogCaptureFixture) -> str:
