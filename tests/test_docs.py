@@ -10,9 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import qtrain.callbacks
 from qtrain.config.compose import load_recipe
+from qtrain.verbs.request import read_request
+from qtrain.verbs.words import read_words
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -93,3 +96,19 @@ def test_troubleshooting_quotes_what_the_program_says() -> None:
     quoted = [words for row in rows for words in re.findall(r"`([^`]+)`", row)]
     assert len(quoted) >= 9
     assert [words for words in quoted if words not in source] == []
+
+
+def test_commands_and_sweeps_of_the_tracking_page_are_taken() -> None:
+    text = (ROOT / "docs/tracking.md").read_text(encoding="utf-8")
+    lines = [line.partition("#")[0].split() for line in re.findall(r"^(?:\w+=\w+ )?qtrain (.+)$", text, re.M)]
+    assert {verb for verb, *_ in lines} == {"fit", "export", "report"}
+    for verb, *words in lines:
+        assert read_words(verb, words) if verb == "report" else read_request(verb, words)
+    for file in re.findall(r"^wandb sweep (\S+)", text, re.M):
+        assert (ROOT / file).is_file()
+    (sweep,) = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, flags=re.S))
+    fixed = [word for word in sweep["command"] if "=" in word]
+    parameters = sweep["parameters"].items()
+    chosen = [f"{key}={given['value'] if 'value' in given else given['values'][0]}" for key, given in parameters]
+    config = read_request("fit", [*fixed, *chosen]).config
+    assert config.wandb.enabled and config.optimizer.lr == 1e-5

@@ -110,7 +110,10 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise CheckpointError(
-            f"no UTF-8: {error.reason}", where=str(path), fix=f"remove {path.name}; the report leaves it out"
+            f"no UTF-8: {error.reason}",
+            where=str(path),
+            rule="files of a run are text, as qtrain wrote them",
+            fix=f"restore {path.name}, or leave the run out",
         ) from None
 
 
