@@ -104,7 +104,7 @@ def test_commands_and_sweeps_of_the_tracking_page_are_taken() -> None:
     assert {verb for verb, *_ in lines} == {"fit", "export", "report"}
     for verb, *words in lines:
         assert read_words(verb, words) if verb == "report" else read_request(verb, words)
-    for file in re.findall(r"^wandb sweep (\S+)", text, re.M):
+    for file in re.findall(r"^wandb sweep .*?(\S+\.yaml)", text, re.M):
         assert (ROOT / file).is_file()
     (sweep,) = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", text, flags=re.S))
     fixed = [word for word in sweep["command"] if "=" in word]
