@@ -78,7 +78,7 @@ def export_run(config: Config, run: RunDirectory) -> dict[str, Any]:
     write_report(run.path)
     if verdict is not None and not verdict.passed:
         raise ErrorList(verdict.failures_with("run the export again; if it fails again, this is a defect of qtrain"))
-    if config.wandb.enabled:
+    if config.wandb.enabled and config.wandb.artifacts:
         opened, name = export_loggers(config, run, options.format)
         log_export(config, opened, run.trained, name, _fingerprint(config), found)
         close(opened)

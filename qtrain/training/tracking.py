@@ -19,7 +19,7 @@ from qtrain.training.metrics_file import MetricsFile, Row
 from qtrain.training.run_directory import SWEEP, RunDirectory
 
 log = logging.getLogger(__name__)
-WITHOUT = "W&B is off, figures go to metrics.csv alone: %s"
+WITHOUT = "W&B is off, figures stay in the run's directory: %s"
 
 
 def loggers(
