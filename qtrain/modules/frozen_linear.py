@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qtrain.kernels.nf4_quantize import nf4_quantize
+from qtrain.modules.host_memory import give_back
 from qtrain.modules.packed_linear import PackedLinear
 from qtrain.modules.unread_linear import in_file_order, read_weight
 
@@ -137,6 +138,7 @@ def quantize_base(
         frozen = freeze_linear(linear, base, double_quant=double_quant, compute_dtype=compute_dtype, device=device)
         model.set_submodule(name, frozen)
         linear.weight = nn.Parameter(torch.empty(0), requires_grad=False)  # lets the 16-bit copy go at once
+        give_back()
     model.to(device)  # type: ignore[arg-type]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qtrain.errors import DataError, ModelError
+from qtrain.modules.host_memory import give_back
 from qtrain.modules.record import LinearRecord
 from qtrain.modules.unread_linear import read_weight
 from qtrain.numerics.spec import QuantSpec
@@ -79,7 +80,7 @@ def quantize_blocks(
     over: Progress = progress or (lambda items, total: items)
     with inference(model):
         if start.statistic == "none" and not isinstance(start, Balancing):
-            return [walk.quantize(name, Inputs()) for name in over(iter(specs), len(specs))]
+            return [walk.alone(name) for name in over(iter(specs), len(specs))]
         text = DecoderText.of(model, _checked(rows, start), context, over)
         names = [[name for name in specs if name.startswith(f"{text.prefix}.{k}.")] for k in range(len(text.blocks))]
         losses: list[LayerLoss] = []
@@ -132,6 +133,12 @@ class _Walk:
             )
         inputs = gather_inputs(groups, layers, _passes(self.model, layers, rows, context), self.start.statistic)
         return [self.quantize(name, inputs[name]) for name in names]
+
+    def alone(self, name: str) -> LayerLoss:
+        """Quantize and place one layer by its weight, of which nothing stays in memory."""
+        loss = self.quantize(name, Inputs())
+        give_back()
+        return loss
 
     def quantize(self, name: str, inputs: Inputs) -> LayerLoss:
         """Quantize and place one layer."""
@@ -196,12 +203,12 @@ def _passes(
 
 
 def _relative_error(weight: Tensor, record: LinearRecord, inputs: Inputs) -> float:
-    exact = weight.to(record.codes.device, torch.float32)
-    difference = record.dequantize().sub_(exact)
-    error, power = (_power(one, inputs.hessian) for one in (difference, exact))
+    weight = weight.to(record.codes.device)
+    error = _power(record.dequantize().sub_(weight), inputs.hessian)
+    power = _power(weight.float(), inputs.hessian)
     return error / power if power else 0.0
 
 
 def _power(rows: Tensor, hessian: Tensor | None) -> float:
     """tr(A H A^T) of A [out, in], H the identity where it is not known."""
-    return float(((rows if hessian is None else rows @ hessian) * rows).sum())
+    return float(torch.dot((rows if hessian is None else rows @ hessian).flatten(), rows.flatten()))
