@@ -66,6 +66,11 @@ class LanguageRunSection(RunSection):
         description="layers that drop activations and run again: none, half, all, all with inputs on the host; auto: "
         "the fewest that fit",
     )
+    cuda_graphs: bool = Field(
+        False,
+        description="replay decoder layers as CUDA graphs: for models whose kernels are over sooner than the CPU "
+        "launches them; method.name=qat on one GPU",
+    )
     samples: list[str] = Field(default_factory=list, description="prompts answered at each validation")
 
 

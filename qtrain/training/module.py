@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qtrain.config.schema import Config
+from qtrain.console import say
 from qtrain.data.datamodule import LanguageData
 from qtrain.data.isolation import check_isolation
 from qtrain.distill.cached import CachedLogits
@@ -39,6 +40,7 @@ from qtrain.modules.block_chain import BlockError
 from qtrain.modules.head import head_factors
 from qtrain.modules.quantizers import full_precision, quantizers
 from qtrain.modules.token_loss import Loss, choose_loss
+from qtrain.training.cuda_graphs import LayerGraphs
 from qtrain.training.optimizers import build_optimizer, build_schedule
 from qtrain.training.recompute import Recompute
 from qtrain.training.recompute_budget import settle
@@ -91,6 +93,7 @@ class LanguageModule(L.LightningModule):
         self._window: AccumulationWindow | None = None
         self._validation: list[Tensor] = []
         self._twin: Teacher | None = None
+        self.graphs: LayerGraphs | None = None  # of decoder layers, from the first batch on
         self.cache: CachedLogits | None = None
         self.recompute: Recompute | None = None
         self.block_errors: list[BlockError] = []
@@ -108,6 +111,11 @@ class LanguageModule(L.LightningModule):
         return (
             fingerprint(find_model(self.config.model), self.config.model.revision) if self.config.model.path else None
         )
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """The full-precision model beside this one, where there is one."""
+        return self._twin
 
     def read_packed(self, directory: Path) -> None:
         """Take the packed base there instead of quantizing one."""
@@ -280,7 +288,28 @@ class LanguageModule(L.LightningModule):
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Summed loss of one micro-batch, in nats."""
         assert self._window is not None
+        if self.config.run.cuda_graphs and self.graphs is None:
+            self._capture_layers(batch)
         return self._window.forward(batch)
+
+    def _capture_layers(self, batch: Mapping[str, Tensor]) -> None:
+        """Decoder layers, of the teacher too, become CUDA graphs for batches like this one."""
+        assert self.model is not None and self._objective is not None
+        models = [self.method.plain_model(self.model), *([self._twin.model] if self._twin else [])]
+        self.graphs = LayerGraphs()
+        with self.trainer.precision_plugin.train_step_context():
+            self.graphs.try_to_capture(models, partial(self._objective, batch), self.device)
+        say([f"graphs      {self.graphs}"])
+        if self.graphs.count and self.trainer.accumulate_grad_batches > 1:
+            # A graph writes its gradients where it wrote them before, and there autograd would accumulate them.
+            for parameter in self.parameters():
+                if parameter.requires_grad:
+                    parameter.register_hook(torch.clone)
+
+    def on_fit_end(self) -> None:
+        """Layers run as they are again."""
+        if self.graphs is not None:
+            self.graphs.release()
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Its gradients; where memory runs out in the first steps, by a lower level of recomputation."""

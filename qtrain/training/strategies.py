@@ -21,6 +21,8 @@ def check_served(trainer: L.Trainer, config: Config, schedule: QuantizationSched
     strategy = trainer.strategy
     if config.run.gradient_compression != "none":
         check_strategy(trainer, config.run.gradient_compression)
+    if config.run.cuda_graphs:
+        _check_graphs(trainer, config, schedule)
     if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)) or type(strategy) is ModelParallelStrategy:
         raise ConfigError(
             f"trainer.strategy is {type(strategy).__name__}",
@@ -45,6 +47,19 @@ def _check_sharded(config: Config, schedule: QuantizationSchedule) -> None:
     ):
         if fact:
             raise ConfigError(f"{fact} over shares of weights", where="trainer.strategy=fsdp2", fix=fix)
+
+
+def _check_graphs(trainer: L.Trainer, config: Config, schedule: QuantizationSchedule) -> None:
+    for fact, fix in (
+        (config.method.name != "qat" and f"method.name={config.method.name}", "run.cuda_graphs=false"),
+        (getattr(config.method, "lora", None) is not None and "method.lora", "run.cuda_graphs=false"),
+        (schedule.moves and "quantization that moves during training", "method.start_step=0, no bits_schedule"),
+        (trainer.world_size > 1 and f"{trainer.world_size} processes", "trainer.devices=1"),
+        (config.run.recompute != "none" and f"run.recompute={config.run.recompute}", "run.recompute=none"),
+    ):
+        if fact:
+            rule = "a graph repeats the kernels of the first step, in one process, with what they saved"
+            raise ConfigError(f"CUDA graphs of layers with {fact}", where="run.cuda_graphs=true", rule=rule, fix=fix)
 
 
 def _looks_for_unused(strategy: DDPStrategy) -> bool:
