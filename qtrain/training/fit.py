@@ -34,6 +34,9 @@ from qtrain.training.first_batch import AtFirstBatch
 from qtrain.training.lineage import log_trained, use_base
 from qtrain.training.module import LanguageModule
 from qtrain.training.optimizers import state_bytes
+from qtrain.training.plan.plan import make_plan
+from qtrain.training.plan.watch import PlanWatch
+from qtrain.training.plan.words import brief_lines
 from qtrain.training.run_directory import RunDirectory
 from qtrain.training.sharding import ShardedStrategy, unshard
 from qtrain.training.strategies import check_served
@@ -88,6 +91,10 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
     processes.join(trainer, module, config.trainer)
     data.setup("fit")
     say(data.summary.lines(), title="data")
+    plan = make_plan(config, data, trainer.strategy.root_device, trainer.world_size)
+    say(brief_lines(plan), title="plan")
+    watch = PlanWatch(plan, run.result("plan"))
+    trainer.callbacks.append(watch)  # type: ignore[attr-defined]
     validated = config.data.validation is not None
     module.trainer = trainer
     # Codes that a start chose are those of rank 0: the others read them.
@@ -162,6 +169,7 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
         "step_seconds": throughput.step_seconds,
         "mfu": throughput.mfu,
         "peak_gib": throughput.peak_gib,
+        "plan": watch.to_dict(),
         "trained_parameters": sum(p.numel() for p in module.model.parameters() if p.requires_grad),
         "loss_path": module.loss_path,
         "blocks": module.blocks,

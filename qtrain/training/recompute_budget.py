@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from qtrain.config.schema import Config
 from qtrain.modules.linear_cross_entropy import CHUNK_BYTES
 from qtrain.modules.token_loss import INPUTS
+from qtrain.training.live_bytes import meter, tensor_bytes
 from qtrain.training.optimizers import state_bytes
 from qtrain.training.recompute import Recompute, free_bytes, trained_bytes
 
@@ -145,33 +146,25 @@ def head_bytes(model: PreTrainedModel, tokens: int, *, whole: bool) -> int:
 
 
 def layer_bytes(model: PreTrainedModel, layer: nn.Module, batch: Mapping[str, Tensor]) -> LayerBytes:
-    """Run ``layer`` forward and backward on what ``batch`` brings it, and count; nothing of the model changes."""
+    """Run ``layer`` forward and backward on what ``batch`` brings it, and count; nothing of the model changes.
+
+    A GPU runs it, so that its own kernels and libraries are counted too; on a CPU shapes alone go through a large one.
+    """
     device = batch["input_ids"].device
     on_gpu = device.type == "cuda"
-    with torch.random.fork_rng([device] if on_gpu else []), torch.enable_grad():
-        (hidden, *args), kwargs = _inputs_of(model, layer, batch)
-        hidden = hidden.detach().requires_grad_()
-        trained = [p for p in layer.parameters() if p.requires_grad]
-        known = {_place(t) for t in (*model.parameters(), *model.buffers(), *_tensors((args, kwargs)))}
-        places: dict[int, int] = {}
-
-        def note(tensor: Tensor) -> Tensor:
-            if _place(tensor) not in known:
-                places[_place(tensor)] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats(device)
-        before = _allocated(device)
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with torch.random.fork_rng([device] if on_gpu else []):
+        (hidden, *args), kwargs = inputs_of(model, layer, batch)
+        flops = 6 * batch["input_ids"].numel() * sum(p.numel() for p in layer.parameters())
+        with meter(device, flops) as counter, torch.enable_grad():
+            hidden = hidden.detach().requires_grad_()
+            trained = [p for p in layer.parameters() if p.requires_grad]
+            before = counter.now
             output = layer(hidden, *args, **kwargs)
             output = output[0] if isinstance(output, tuple) else output
-        # Libraries keep tensors past the hooks (bitsandbytes does in 8 bits): a GPU's allocator counts them as well.
-        saved = max(sum(places.values()), _allocated(device) - before)
-        torch.autograd.grad(output, [hidden, *trained], torch.ones_like(output), allow_unused=True)
-        # Without an allocator that counts: the gradients of what was saved, as if they were all there at once.
-        peak = torch.cuda.max_memory_allocated(device) - before if on_gpu else 2 * saved
-        shared = sum(t.nbytes for t in _tensors((args, kwargs)))
+            saved = counter.now - before
+            torch.autograd.grad(output, [hidden, *trained], torch.ones_like(output), allow_unused=True)
+            peak = counter.peak - before
+    shared = tensor_bytes(_tensors((args, kwargs)))
     return LayerBytes(saved, hidden.nbytes, max(0, peak - saved), shared)
 
 
@@ -179,7 +172,8 @@ class _Reached(Exception):
     """The way out of the model's forward pass."""
 
 
-def _inputs_of(model: PreTrainedModel, layer: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Any, dict[str, Any]]:
+def inputs_of(model: PreTrainedModel, layer: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Any, dict[str, Any]]:
+    """(positional, named) arguments that ``layer`` is given in a pass of the decoder."""
     found: list[tuple[Any, dict[str, Any]]] = []
 
     def take(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -199,11 +193,3 @@ def _inputs_of(model: PreTrainedModel, layer: nn.Module, batch: Mapping[str, Ten
 
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def _place(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
-def _allocated(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0

@@ -52,6 +52,12 @@ VERBS: Registry[Verb] = Registry(
             ("train", "validation"),
             tasks=("language", "vision"),
         ),
+        "plan": Verb(
+            "what a fit would take in memory and steps, before any weight is loaded",
+            "qtrain.verbs.plan:run",
+            (*EVERYWHERE, "data", "method", "distill", "optimizer", "trainer"),
+            ("train", "validation"),
+        ),
         "validate": Verb(
             "loss and perplexity on data.validation, of a run or of model.path",
             "qtrain.verbs.validate:validate",

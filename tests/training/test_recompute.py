@@ -126,7 +126,7 @@ def test_the_estimate_is_what_the_model_keeps() -> None:
     batch = probe_batch(2, 40, 64, packing=False, device=torch.device("cpu"))
     found = layer_bytes(model, model.model.layers[2], batch)
     assert found.saved == (totals[5] - totals[2]) // 3
-    assert found.input == 2 * 40 * 32 * 4 and found.working == found.saved and found.shared > 0
+    assert found.input == 2 * 40 * 32 * 4 and 0 < found.working < found.saved and found.shared > 0
     assert torch.equal(state, torch.get_rng_state())
     assert all(p.grad is None and torch.equal(p, before[name]) for name, p in model.named_parameters())
     packed = probe_batch(2, 41, 64, packing=True, device=torch.device("cpu"))
