@@ -6,6 +6,8 @@ H200: 51 ms of kernels in a step of 167 ms).
 
 from __future__ import annotations
 
+import copy
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,6 +52,18 @@ class Arguments:
     def kinds(self) -> tuple[TreeSpec, list[object]]:
         """What another call must equal for a graph of this one to serve it."""
         return self.structure, [_kind(leaf) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
+
+    def copy(self) -> Arguments:
+        """The same in memory of their own, and with no part in the pass that computed them.
+
+        What is left of that pass would tie gradients to the stream it ran on, which a capture must not wait for.
+        """
+        new = copy.copy(self)
+        new.leaves = [
+            leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
+            for leaf in self.leaves
+        ]
+        return new
 
 
 def _kind(tensor: Tensor) -> tuple[object, ...]:
@@ -134,7 +148,8 @@ class LayerGraphs:
         """
         seen = _watch(models, forward, device)
         slots = tuple(Slot(layer, arguments, mode, device) for layer, arguments, mode in seen)
-        samples = tuple(tuple(_sample(t) for t in arguments.tensors) for _, arguments, _ in seen)
+        samples = tuple(tuple(arguments.tensors) for _, arguments, _ in seen)
+        gc.collect()
         replays = self._make(slots, samples)
         for (layer, arguments, mode), slot, replay in zip(seen, slots, replays, strict=True):
             layer.forward = self._choose(layer, slot, arguments.kinds, mode, replay)
@@ -173,10 +188,6 @@ def _capture(slots: tuple[nn.Module, ...], samples: tuple[tuple[Tensor, ...], ..
     return list(graphed)
 
 
-def _sample(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
-
-
 def _watch(
     models: Sequence[nn.Module], forward: Callable[[], object], device: str
 ) -> list[tuple[nn.Module, Arguments, Mode]]:
@@ -184,7 +195,7 @@ def _watch(
     seen: list[tuple[nn.Module, Arguments, Mode]] = []
 
     def enter(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append((layer, Arguments(args, kwargs), Mode.of(layer, device)))
+        seen.append((layer, Arguments(args, kwargs).copy(), Mode.of(layer, device)))
 
     with _hooks(models, enter):
         forward()
