@@ -164,3 +164,27 @@ def test_a_7b_shape_is_planned_in_seconds_without_its_weights(tiny_llama_dir: Pa
     linears, others = 32 * (4 * 4096**2 + 3 * 4096 * 11008), 2 * 32000 * 4096 + 65 * 4096
     assert shapes.base_bytes == pytest.approx(linears * 4.127 / 8 + others * 2, rel=1e-3)
     assert sum(p.numel() for p in shapes.trained) == 32 * 64 * (4 * 2 * 4096 + 3 * (4096 + 11008))
+
+
+@ignored
+def test_what_would_fit_does(tiny_llama_dir: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = (f"model.path={tiny_llama_dir}", f"data.train={text}", "data.max_length=256", "data.batch_size=4")
+    config = load_recipe(None, *words, *METHODS["lora"])
+    data = LanguageData(config.data, LanguageModule(config).tokenizer)
+    data.setup("fit")
+    whole = make_plan(config, data, CPU)
+    assert whole.peak is not None and whole.fits and not whole.changes
+    free = int(whole.peak.total * 0.9)
+    monkeypatch.setattr("qtrain.training.plan.plan.free_memory", lambda device: free)
+    short = make_plan(config, data, CPU)
+    assert short.fits is False and short.changes
+    assert short.changes[0].words == "data.batch_size=2 trainer.accumulate_grad_batches=2"
+    for change in short.changes:
+        changed = load_recipe(None, *words, *METHODS["lora"], *change.words.split())
+        again = LanguageData(changed.data, data.tokenizer)
+        again.setup("fit")
+        plan = make_plan(changed, again, CPU)
+        assert plan.fits and plan.peak is not None
+        assert plan.peak.total <= change.total * 1.02
+        if "max_length" not in change.words:
+            assert plan.steps.rows == whole.steps.rows

@@ -130,7 +130,7 @@ def _with_memory(
     memory = estimator.step(batch, config.optimizer, accumulates=accumulate > 1)
     level, count = _level(config, memory, free)
     rows, length = batch["input_ids"].shape
-    setting = Setting(rows, length, accumulate, level, config.optimizer.name)
+    setting = Setting(config.data.batch_size, length, accumulate, level, config.optimizer.name)
     fits = memory.at(level, count).total <= room(free)
     changes = [] if fits else Changes(config, estimator, batch, setting, room(free)).find()
     paged = estimator.paged_bytes(config.optimizer)
