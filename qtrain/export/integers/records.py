@@ -44,7 +44,7 @@ def records(
         if spec is None:
             yield tensor, None
         elif tensor.record is not None:
-            yield tensor, _trained(tensor.name, tensor.record())
+            yield tensor, codes_alone(tensor.name, tensor.record())
         else:
             yield tensor, quantize_linear(tensor, spec, options.scales, next(moments)[1])
 
@@ -98,7 +98,12 @@ def _nearest(weight: Tensor, qparams: QParams, spec: QuantSpec) -> Tensor:
     return codes
 
 
-def _trained(name: str, record: LinearRecord) -> LinearRecord:
+def codes_alone(name: str, record: LinearRecord) -> LinearRecord:
+    """``record``, of which a format holds codes, scales and zero points.
+
+    Raises:
+        ExportError: some weights lie beside the codes.
+    """
     if record.outliers is not None and record.outliers.index.numel():
         raise ExportError(
             f"{record.outliers.index.numel()} of {record.codes.numel()} weights lie beside the codes, in 16 bits",

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from qtrain.errors import ExportError
 from qtrain.export.card import write_card
 from qtrain.export.companions import write_companions
+from qtrain.export.integers.records import codes_alone
 from qtrain.export.partial import partial_export
 from qtrain.export.shards import ShardWriter
 from qtrain.export.sizes import parse_size
@@ -76,7 +77,8 @@ def write(
                 if name not in coded or tensor.record is None:
                     shards.add(tensor.name, tensor.value().to(model.dtype))
                 else:
-                    shards.add_all(tensor.name, tensors_of(name, tensor.record(), model.dtype), together=True)
+                    record = codes_alone(tensor.name, tensor.record())
+                    shards.add_all(tensor.name, tensors_of(name, record, model.dtype), together=True)
         plain = [tensor.name for tensor in tensors if tensor.name not in described]
         weights = sum(torch.Size(tensor.shape).numel() for tensor in coded.values())
         (spec, activation), _ = Counter((tensor.spec, tensor.activation) for tensor in coded.values()).most_common()[0]
