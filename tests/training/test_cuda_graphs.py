@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+from qtrain.config.compose import load_recipe
+from qtrain.errors import ConfigError
+from qtrain.methods.method import build_method
+from qtrain.modules.schedule import QuantizationSchedule
 from qtrain.training.cuda_graphs import LayerGraphs
+from qtrain.training.strategies import check_served
 
 
 def same(slots: tuple[nn.Module, ...], samples: tuple[tuple[Tensor, ...], ...]) -> Sequence[Callable[..., Any]]:
@@ -110,6 +116,23 @@ def test_a_layer_that_runs_twice_is_refused(tiny_llama: LlamaForCausalLM) -> Non
         LayerGraphs(same).capture(
             [tiny_llama], lambda: [tiny_llama(input_ids=ids(), use_cache=False) for _ in range(2)], "cpu"
         )
+
+
+@pytest.mark.parametrize(
+    "keys, what",
+    [
+        (["method.name=qlora"], "method.name=qlora"),
+        (["method.name=qat", "method.lora={r: 4}"], "method.lora"),
+        (["method.name=qat", "method.start_step=5"], "quantization that moves"),
+        (["method.name=qat", "run.recompute=full"], "run.recompute=full"),
+    ],
+)
+def test_what_a_graph_would_train_wrongly_is_refused(keys: list[str], what: str) -> None:
+    config = load_recipe(None, "model.path=m", "data.train=t.txt", "run.cuda_graphs=true", *keys)
+    trainer = L.Trainer(accelerator="cpu", logger=False, barebones=True)
+    schedule = getattr(build_method(config.method), "schedule", QuantizationSchedule(0, None, {}))
+    with pytest.raises(ConfigError, match=f"run.cuda_graphs=true: CUDA graphs of layers with {what}"):
+        check_served(trainer, config, schedule)
 
 
 @pytest.mark.gpu
