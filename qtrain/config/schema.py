@@ -22,8 +22,10 @@ from qtrain.vision.config import SgdSection, VisionDataSection, VisionModelSecti
 class OptimizerSection(Section):
     """Who updates the trained parameters, and how fast."""
 
-    name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = Field(
-        "adamw", description="8-bit ones hold their state in blocks of 256; paged ones spill to host memory"
+    name: Literal["adamw", "adamw_16bit", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = Field(
+        "adamw",
+        description="16-bit ones hold their state in bf16, rounded by chance; 8-bit ones in blocks of 256; paged ones "
+        "spill to host memory",
     )
     lr: float = Field(2e-4, gt=0, description="learning rate at its highest")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")

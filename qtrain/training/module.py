@@ -385,7 +385,9 @@ class LanguageModule(L.LightningModule):
         """AdamW on what trains, and the schedule over the steps that the trainer expects."""
         assert self.model is not None
         section = self.config.optimizer
-        optimizer = build_optimizer(self.method.parameter_groups(self.model, section.lr), section)
+        optimizer = build_optimizer(
+            self.method.parameter_groups(self.model, section.lr), section, seed=self.config.run.seed
+        )
         total = float(self.trainer.estimated_stepping_batches)
         schedule = build_schedule(optimizer, section, total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

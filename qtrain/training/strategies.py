@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import lightning as L
+import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from qtrain.callbacks.gradient_compression import check_strategy
 from qtrain.config.schema import Config
 from qtrain.errors import ConfigError
+from qtrain.models.dtype import resolve_dtypes
 from qtrain.modules.schedule import QuantizationSchedule
+from qtrain.training.optimizers import check_rounding
 from qtrain.training.sharding import ShardedStrategy
 
 
@@ -19,6 +22,8 @@ def check_served(trainer: L.Trainer, config: Config, schedule: QuantizationSched
         ConfigError: with the way out.
     """
     strategy = trainer.strategy
+    if getattr(config.method, "weight_storage", "fp32") == "bf16":
+        _check_bf16(config, strategy.root_device)
     if config.run.gradient_compression != "none":
         check_strategy(trainer, config.run.gradient_compression)
     if config.run.cuda_graphs:
@@ -39,10 +44,34 @@ def check_served(trainer: L.Trainer, config: Config, schedule: QuantizationSched
         )
 
 
+def _check_bf16(config: Config, device: torch.device) -> None:
+    """Weights in bf16 are multiplied in bf16, and updated by who rounds them by chance."""
+    check_rounding(config.optimizer, in_bf16=True)
+    _, compute = resolve_dtypes(config.model.dtype, config.method.compute_dtype, device)
+    for fact, rule, fix in (
+        (
+            compute != torch.bfloat16 and f"products in fp32 on {device.type}",
+            "weights kept in bf16 are multiplied in bf16",
+            "method.weight_storage=fp32, or method.compute_dtype=bf16",
+        ),
+        (
+            config.distill.layerwise is not None and "distill.layerwise",
+            "blocks are distilled with weights in fp32",
+            "method.weight_storage=fp32",
+        ),
+    ):
+        if fact:
+            raise ConfigError(f"weights in bf16 with {fact}", where="method.weight_storage=bf16", rule=rule, fix=fix)
+
+
 def _check_sharded(config: Config, schedule: QuantizationSchedule) -> None:
     for fact, fix in (
         (config.optimizer.name != "adamw" and f"optimizer.name={config.optimizer.name}", "optimizer.name=adamw"),
         (getattr(config.method, "base", None) == "int8" and "method.base=int8", "method.base=nf4"),
+        (
+            getattr(config.method, "weight_storage", "fp32") == "bf16" and "method.weight_storage=bf16",
+            "trainer.strategy=ddp",
+        ),
         (schedule.moves and "quantization that moves during training", "trainer.strategy=ddp"),
     ):
         if fact:

@@ -70,6 +70,11 @@ class QatOptions(StartKeys, MethodSection):
         description="gradients of a layer's input: full, or int8: products of bytes, for which the output's gradient "
         "is rounded to int8 by token (with kernels: int8; weights' gradients stay as they are)",
     )
+    weight_storage: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="dtype that trained matrices are kept in; bf16: updates are rounded by chance, and gradients are "
+        "in bf16 too; norms, biases and ranges stay in fp32",
+    )
     scale_lr: float | None = Field(None, gt=0, description="learning rate of learned ranges; default: optimizer.lr")
     start_step: int = Field(0, ge=0, description="optimizer steps in full precision before quantization sets in")
     freeze_ranges_step: int | None = Field(None, ge=0, description="learned ranges stay as they are from this step on")
@@ -143,6 +148,8 @@ class QatOptions(StartKeys, MethodSection):
                 )
             if not self.calibration_rows:
                 raise ValueError("kv_cache.smooth looks at text: calibration_rows=32")
+        if self.weight_storage == "bf16" and self.lora is not None:
+            raise ValueError("weight_storage: bf16 is for weights that train, and under lora they are frozen as stored")
         if self.input_gradient == "int8" and (AUTO if self.kernels == "auto" else self.kernels) != "int8":
             raise ValueError("input_gradient: int8 is for layers whose products are of bytes: kernels: int8")
         if self.bits_schedule:

@@ -22,6 +22,7 @@ from qtrain.methods.qat.deployed import deployed_cache, deployed_tensors
 from qtrain.methods.qat.lines import described, start_line
 from qtrain.methods.qat.serving import serving_notes
 from qtrain.methods.qat.start import begin_at, calibration_rows, copied_parameters, moved_since, with_parameters
+from qtrain.methods.qat.storage import keep_in_bf16, stored_line
 from qtrain.methods.qat.streamed import TrainedLayers
 from qtrain.methods.streamed import RunFiles, Streamed
 from qtrain.models.quantized.tensors import TensorFiles
@@ -67,9 +68,10 @@ class Qat(Method[QatOptions]):
     ) -> nn.Module:
         """Swap linears (and the embedding) for their fake-quantized twins; all of it trains, or adapters and ranges.
 
-        What trains is kept in fp32 whatever it was stored in: in bf16 an update below 0.4 % is lost. Weights that are
-        frozen under adapters stay as they were stored where products are made in bf16. With ``init`` the weights move
-        to the codes of a starting point, unless they are about to be restored.
+        What trains is kept in fp32 whatever it was stored in: in bf16 an update below 0.4 % is lost, but on average it
+        is not where it is rounded by chance, as for ``weight_storage=bf16``. Weights are kept so where products are
+        made in bf16, and so are weights that are frozen under adapters, if they were stored so. With ``init`` the
+        weights move to the codes of a starting point, unless they are about to be restored.
         """
         options, stored = self.options, model.dtype
         as_stored = options.lora is not None and compute_dtype == torch.bfloat16
@@ -95,6 +97,8 @@ class Qat(Method[QatOptions]):
             before = copied_parameters(model, stored)
             self._begun = begin_at(model, options, text=text, context=context, progress=progress)
             self._before_start = moved_since(model, before)
+        if options.weight_storage == "bf16" and bf16:
+            keep_in_bf16(model, self._begun or ())
         if options.kv_cache is not None:
             self._kv = prepare_kv(model, options.kv_cache)
         model.requires_grad_(True)
@@ -269,7 +273,8 @@ class Qat(Method[QatOptions]):
         lines += kernel_lines(model)
         ranges = sum(p.numel() for _, q in quantizers(model) for p in q.parameters(recurse=False) if p.requires_grad)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        return [*lines, f"trained     {trained:,} parameters" + (f", {ranges:,} of them ranges" if ranges else "")]
+        lines.append(f"trained     {trained:,} parameters" + (f", {ranges:,} of them ranges" if ranges else ""))
+        return [*lines, *stored_line(model, options.weight_storage)]
 
     def _weigh_ranges(
         self, model: PreTrainedModel, rows: Sequence[Tensor], context: Context, progress: Progress

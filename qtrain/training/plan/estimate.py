@@ -12,7 +12,7 @@ from qtrain.config.schema import Config, OptimizerSection
 from qtrain.distill.teacher import named_teacher
 from qtrain.models.dtype import resolve_dtypes
 from qtrain.training.live_bytes import tensor_bytes
-from qtrain.training.optimizers import state_bytes
+from qtrain.training.optimizers import state_bytes, update_bytes
 from qtrain.training.plan.one_layer import OneLayer
 from qtrain.training.plan.shapes import held, prepared_shapes, skeleton
 from qtrain.training.plan.step_memory import KindBytes, StepMemory
@@ -39,7 +39,6 @@ class Estimator:
         shapes = prepared_shapes(config.model, config.method, storage, compute)
         self.trained = list(shapes.trained)
         self.base, self.trained_bytes = shapes.base_bytes, tensor_bytes(self.trained)
-        self._largest = max((p.nbytes for p in self.trained), default=0)
         self._teacher = 0
         if config.distill.loss != "none" and not config.distill.cached:
             section = named_teacher(config.distill, config.model) if config.distill.teacher else config.model
@@ -66,8 +65,7 @@ class Estimator:
             trained=self.trained_bytes,
             gradients=self.trained_bytes,
             optimizer=state,
-            # torch's AdamW goes parameter by parameter on a CPU: a root and a quotient; on a GPU one kernel does it.
-            update=2 * self._largest if optimizer.name == "adamw" and not self._on_gpu else 0,
+            update=update_bytes(self.trained, optimizer, on_gpu=self._on_gpu),
             inputs=2 * sum(tensor.nbytes for tensor in batch.values()),
             teacher=self._teacher,
             workspace=self.one.workspace,

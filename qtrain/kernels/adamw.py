@@ -1,0 +1,102 @@
+"""A step of AdamW on one tensor, each part in fp32 or bf16; what goes back to bf16 is rounded by chance.
+
+m <- m + (1 - beta1) (g - m);  v <- beta2 v + (1 - beta2) g^2;  w <- (1 - lr decay) w - lr m^ / (sqrt(v^) + eps)
+with m^ = m / (1 - beta1^t), v^ = v / (1 - beta2^t) (Loshchilov 2019, arXiv 1711.05101).
+"""
+
+from __future__ import annotations
+
+import math
+from hashlib import blake2b
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qtrain.numerics.stochastic_rounding import counted_bits, round_stochastic
+
+try:
+    from qtrain.kernels import adamw_tiles
+except ImportError:  # Triton comes with torch where there is a GPU
+    adamw_tiles = None  # type: ignore[assignment]
+
+CHUNK = 2**20
+"""Numbers that are in fp32 at once without a GPU."""
+CHUNK_BYTES = 11 * 4 * CHUNK
+"""At most eleven numbers of 32 bits for each of them."""
+
+
+class AdamWStep(NamedTuple):
+    """All numbers of a step: as the formula above has them, once for all elements."""
+
+    kept: float
+    lr: float
+    share: float
+    beta2: float
+    square_share: float
+    correction: float
+    eps: float
+
+    @classmethod
+    def of(cls, step: int, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> AdamWStep:
+        """The ``step``-th one, counted from 1."""
+        beta1, beta2 = betas
+        correction = 1 / math.sqrt(1 - beta2**step)
+        return cls(1 - lr * weight_decay, lr / (1 - beta1**step), 1 - beta1, beta2, 1 - beta2, correction, eps)
+
+
+def stream_keys(*numbers: int) -> tuple[int, int]:
+    """Two keys of 32 bits for the random bits that these integers name."""
+    digest = blake2b(b" ".join(b"%d" % number for number in numbers), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+
+@torch.no_grad()
+def adamw_(weight: Tensor, gradient: Tensor, m: Tensor, v: Tensor, step: AdamWStep, keys: tuple[int, int]) -> None:
+    """One step, in place: a pass over memory on a GPU with Triton, else in chunks.
+
+    w's step is made with m and v as they are before they are rounded. fp32 parts are those of exact AdamW.
+
+    Args:
+        weight, gradient, m, v: of one shape, fp32 or bf16 each; m and v contiguous.
+        keys: of the random bits; the same keys round alike.
+    """
+    gradient = gradient.contiguous()
+    own = weight if weight.is_contiguous() else weight.contiguous()
+    if one_pass(weight):
+        adamw_tiles.adamw_(own, gradient, m, v, step, keys)
+    else:
+        plain_(own, gradient, m, v, step, keys)
+    if own is not weight:
+        weight.copy_(own)
+
+
+def one_pass(weight: Tensor) -> bool:
+    """Whether the kernel runs for it."""
+    return adamw_tiles is not None and adamw_tiles.fits(weight)
+
+
+def plain_(weight: Tensor, gradient: Tensor, m: Tensor, v: Tensor, step: AdamWStep, keys: tuple[int, int]) -> None:
+    """``adamw_`` in PyTorch's operations."""
+    parts = [tensor.view(-1) for tensor in (weight, gradient, m, v)]
+    rounds = any(tensor.dtype == torch.bfloat16 for tensor in (weight, m, v))
+    for start in range(0, weight.numel(), CHUNK):
+        w, g, m, v = (part[start : start + CHUNK] for part in parts)
+        g32, m32, v32 = g.float(), m.float(), v.float()
+        m32 = m32 + (g32 - m32) * step.share
+        v32 = v32 * step.beta2 + g32 * g32 * step.square_share
+        g32 = m32 / (v32.sqrt() * step.correction + step.eps)
+        w32 = w.float() * step.kept - g32 * step.lr
+        one = two = None
+        if rounds:
+            one, two = counted_bits(keys, start, len(w), w.device)
+        _store(w, w32, one)
+        _store(m, m32, None if one is None else one >> 16)
+        _store(v, v32, two)
+
+
+def _store(place: Tensor, value: Tensor, noise: Tensor | None) -> None:
+    if place.dtype == torch.bfloat16:
+        assert noise is not None
+        value = round_stochastic(value, noise)
+    place.copy_(value)

@@ -1,0 +1,75 @@
+"""The one-pass step of AdamW beside its plain twin, in Triton's interpreter; on a GPU the same cases run compiled."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from qtrain.kernels import adamw
+from qtrain.kernels.adamw import AdamWStep, plain_, stream_keys
+
+triton = pytest.importorskip("triton")
+
+from qtrain.kernels import adamw_tiles  # noqa: E402
+
+ON_GPU = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+here = pytest.mark.skipif(not (ON_GPU or INTERPRETED), reason="needs a GPU or the interpreter")
+STEP = AdamWStep.of(3, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
+BF16, FP32 = torch.bfloat16, torch.float32
+KINDS = [(BF16, BF16, BF16), (BF16, BF16, FP32), (FP32, FP32, FP32), (FP32, BF16, BF16)]
+
+
+@pytest.mark.skipif(ON_GPU or INTERPRETED, reason="this process runs the cases itself")
+def test_in_the_interpreter() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0 and " passed" in found.stdout, found.stdout + found.stderr
+
+
+def tensors(shape: tuple[int, ...], kinds: tuple[torch.dtype, torch.dtype, torch.dtype]) -> list[Tensor]:
+    """w, g, m, v."""
+    generator = torch.Generator().manual_seed(len(shape) + shape[-1])
+    found = [torch.randn(shape, generator=generator) * torch.logspace(-4, 1, shape[-1]) for _ in range(4)]
+    found[3] = found[3].square()
+    if found[0].numel() > 6:
+        special = torch.tensor([0.0, torch.inf, -torch.inf, torch.nan, torch.finfo(BF16).max, 1e-40])
+        found[0].view(-1)[:6] = special
+    weight, gradient, moments = kinds
+    device = "cuda" if ON_GPU else "cpu"
+    return [x.to(device, dtype) for x, dtype in zip(found, (weight, gradient, moments, moments), strict=True)]
+
+
+@here
+@pytest.mark.parametrize("kinds", KINDS, ids=lambda kinds: "-".join(str(kind).removeprefix("torch.") for kind in kinds))
+@pytest.mark.parametrize("shape", [(1,), (3, 5, 48), (67, 31), (2, 1024)], ids=str)
+def test_it_takes_the_plain_step(shape: tuple[int, ...], kinds: tuple[torch.dtype, torch.dtype, torch.dtype]) -> None:
+    ours, plain = tensors(shape, kinds), tensors(shape, kinds)
+    for step in range(2):
+        keys = stream_keys(7, step)
+        adamw_tiles.adamw_(*ours, STEP, keys)  # type: ignore[call-arg, arg-type]
+        plain_(*plain, STEP, keys)  # type: ignore[call-arg, arg-type]
+    for one, other in zip(ours, plain, strict=True):
+        narrow = one.dtype == BF16
+        # On a GPU a product and a sum are one rounding: at the edge of its noise a number goes to the other neighbour.
+        close = 0.0 if narrow and not ON_GPU else 2**-7 if narrow else 1e-5 if ON_GPU else 1e-6
+        torch.testing.assert_close(one.float(), other.float(), rtol=close, atol=1e-9 if close else 0.0, equal_nan=True)
+        different = (one != other) & ~(one.isnan() & other.isnan())
+        assert not narrow or float(different.float().mean()) < 0.02
+
+
+@here
+def test_chunks_have_the_bits_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adamw, "CHUNK", 1000)
+    shape = (4500,)
+    ours, plain = ([torch.ones(shape, dtype=BF16, device="cuda" if ON_GPU else "cpu") for _ in range(4)] for _ in "ab")
+    adamw_tiles.adamw_(*ours, STEP, (2**32 - 1, 2**31))  # type: ignore[call-arg, arg-type]
+    plain_(*plain, STEP, (2**32 - 1, 2**31))  # type: ignore[call-arg, arg-type]
+    assert len(ours[0].unique()) == 2  # up and down
+    assert all(torch.equal(one, other) for one, other in zip(ours, plain, strict=True))
