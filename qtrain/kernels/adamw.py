@@ -20,7 +20,7 @@ try:
 except ImportError:  # Triton comes with torch where there is a GPU
     adamw_tiles = None  # type: ignore[assignment]
 
-CHUNK = 2**20
+CHUNK = 2**16
 """Numbers that are in fp32 at once without a GPU."""
 CHUNK_BYTES = 11 * 4 * CHUNK
 """At most eleven numbers of 32 bits for each of them."""
@@ -83,10 +83,10 @@ def plain_(weight: Tensor, gradient: Tensor, m: Tensor, v: Tensor, step: AdamWSt
     for start in range(0, weight.numel(), CHUNK):
         w, g, m, v = (part[start : start + CHUNK] for part in parts)
         g32, m32, v32 = g.float(), m.float(), v.float()
-        m32 = m32 + (g32 - m32) * step.share
-        v32 = v32 * step.beta2 + g32 * g32 * step.square_share
-        g32 = m32 / (v32.sqrt() * step.correction + step.eps)
-        w32 = w.float() * step.kept - g32 * step.lr
+        m32 = m32 + (g32 - m32).mul_(step.share)
+        v32 = (v32 * step.beta2).add_((g32 * g32).mul_(step.square_share))
+        g32 = m32 / v32.sqrt().mul_(step.correction).add_(step.eps)
+        w32 = (w.float() * step.kept).sub_(g32.mul_(step.lr))
         one = two = None
         if rounds:
             one, two = counted_bits(keys, start, len(w), w.device)

@@ -6,15 +6,10 @@ The Triton twin of ``qtrain.kernels.adamw.plain_``, with the same random bits.
 # mypy: disallow-untyped-decorators=False, warn-unused-ignores=False
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from qtrain.kernels.adamw import AdamWStep
 
 BLOCK = 1024
 
@@ -24,8 +19,14 @@ def fits(x: Tensor) -> bool:
     return x.is_cuda and x.numel() > 0 and x.dtype in (torch.float32, torch.bfloat16)
 
 
-def adamw_(weight: Tensor, gradient: Tensor, m: Tensor, v: Tensor, step: AdamWStep, keys: tuple[int, int]) -> None:
-    """In place, on contiguous tensors."""
+def adamw_(
+    weight: Tensor, gradient: Tensor, m: Tensor, v: Tensor, step: tuple[float, ...], keys: tuple[int, int]
+) -> None:
+    """In place, on contiguous tensors.
+
+    Args:
+        step: the numbers of an ``AdamWStep``.
+    """
     size = weight.numel()
     # As int32: an argument that does not fit would be another type, and another compilation.
     first, second = (key - 2**32 if key >= 2**31 else key for key in keys)
@@ -47,7 +48,7 @@ def _rounded(x, noise, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
         bits = x.to(tl.int32, bitcast=True)
         up = bits + (noise & 0xFFFF)
         up = tl.where((bits & 0x7FFFFFFF) < 0x7F7F0000, up, bits)
-        up = tl.where(x != x, bits | 0x00400000, up)
+        up = tl.where(x != x, 0x7FC00000, up)
         x = (up & -65536).to(tl.float32, bitcast=True)
     return x.to(dtype)
 

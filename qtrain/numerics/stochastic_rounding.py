@@ -10,7 +10,7 @@ FRACTION = 0xFFFF
 LARGEST = 0x7F7F0000
 """Bits of bf16's largest number as fp32."""
 SIGN = 0x7FFFFFFF
-QUIET = 0x00400000
+NAN = 0x7FC00000
 
 
 def round_stochastic(x: Tensor, noise: Tensor) -> Tensor:
@@ -24,10 +24,10 @@ def round_stochastic(x: Tensor, noise: Tensor) -> Tensor:
         noise: int32 of x's shape, of which the lowest 16 bits count; uniform.
     """
     bits = x.view(torch.int32)
-    rounded = bits + (noise & FRACTION)
-    rounded = torch.where((bits & SIGN) < LARGEST, rounded, bits)  # a carry would make infinity of the largest
-    rounded = torch.where(x.isnan(), bits | QUIET, rounded)  # cut off, a NaN's payload may leave an infinity
-    return (rounded & ~FRACTION).view(torch.float32).to(torch.bfloat16)
+    added = (noise & FRACTION).mul_((bits & SIGN) < LARGEST)  # a carry would make infinity of the largest
+    added.add_(bits).bitwise_and_(~FRACTION)
+    added.masked_fill_(x.isnan(), NAN)  # cut off, a NaN's payload may leave an infinity
+    return added.view(torch.float32).to(torch.bfloat16)
 
 
 def counted_bits(keys: tuple[int, int], start: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -40,17 +40,18 @@ def counted_bits(keys: tuple[int, int], start: int, count: int, device: torch.de
     """
     first, second = (_signed(key) for key in keys)
     place = torch.arange(start, start + count, device=device).to(torch.int32)
-    one = _mix(_mix(place ^ first) + second)
-    return one, _mix(one + first)
+    one = _mix_(_mix_(place.bitwise_xor_(first)).add_(second))
+    return one, _mix_(one + first)
 
 
-def _mix(x: Tensor) -> Tensor:
-    """A bijection of 32 bits in which each bit turns about half of the others (lowbias32, C. Wellons 2018)."""
-    x = x ^ ((x >> 16) & 0xFFFF)  # int32 shifts its sign in
-    x = x * 0x7FEB352D
-    x = x ^ ((x >> 15) & 0x1FFFF)
-    x = x * _signed(0x846CA68B)
-    return x ^ ((x >> 16) & 0xFFFF)
+def _mix_(x: Tensor) -> Tensor:
+    """A bijection, in place, in which each bit turns about half of the others (lowbias32, C. Wellons 2018)."""
+    x ^= (x >> 16).bitwise_and_(0xFFFF)  # int32 shifts its sign in
+    x *= 0x7FEB352D
+    x ^= (x >> 15).bitwise_and_(0x1FFFF)
+    x *= _signed(0x846CA68B)
+    x ^= (x >> 16).bitwise_and_(0xFFFF)
+    return x
 
 
 def _signed(word: int) -> int:
