@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, SerializeAsAny, field_validator
 
@@ -33,6 +33,10 @@ class OptimizerSection(Section):
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="course of lr after the warm-up")
     warmup: float = Field(0, ge=0, description="steps of linear warm-up; below 1 it is a share of all steps")
+    lr_factors: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default_factory=dict,
+        description="name pattern of parameters to what multiplies their rate; {'*embed_tokens*': 0} holds embeddings",
+    )
 
     @field_validator("betas")
     @classmethod

@@ -42,6 +42,7 @@ from qtrain.modules.quantizers import full_precision, quantizers
 from qtrain.modules.token_loss import Loss, choose_loss
 from qtrain.training.cuda_graphs import LayerGraphs
 from qtrain.training.optimizers import build_optimizer, build_schedule
+from qtrain.training.rate_factors import with_factors
 from qtrain.training.recompute import Recompute
 from qtrain.training.recompute_budget import settle
 from qtrain.training.recompute_retry import AccumulationWindow
@@ -385,9 +386,10 @@ class LanguageModule(L.LightningModule):
         """AdamW on what trains, and the schedule over the steps that the trainer expects."""
         assert self.model is not None
         section = self.config.optimizer
-        optimizer = build_optimizer(
-            self.method.parameter_groups(self.model, section.lr), section, seed=self.config.run.seed
-        )
+        groups = self.method.parameter_groups(self.model, section.lr)
+        named = self.method.plain_model(self.model).named_parameters()
+        groups = with_factors(groups, named, section.lr_factors)
+        optimizer = build_optimizer(groups, section, seed=self.config.run.seed)
         total = float(self.trainer.estimated_stepping_batches)
         schedule = build_schedule(optimizer, section, total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
