@@ -203,7 +203,7 @@ def content(run: Path) -> dict[str, Any]:
     assert trained is not None and newest is not None
     checkpoint = read_checkpoint(str(newest))
     fit = json.loads((run / "fit.json").read_text())
-    timed = ("seconds", "per_second", "peak_gib", "mfu")
+    timed = ("seconds", "per_second", "peak_gib", "mfu", "plan")
     return {
         trained.name: {path.name: parts(path) for path in sorted(trained.iterdir())},
         # Without the loop of `trainer.validate`, which a resumed run has no reason to enter before it trains.

@@ -64,6 +64,7 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
     step = read_checkpoint(str(checkpoint))["global_step"] if checkpoint else None
     if finished(step, config, run):
         say(f"this run has its {step} steps already: nothing to do (a larger trainer.max_steps goes on)")
+        sweep(run.path)
         write_report(run.path)  # a process that was killed may have left none
         found: dict[str, Any] = read_json(run.result("fit"))
         return found

@@ -131,7 +131,7 @@ def test_help_lists_every_key_of_a_verb(verb: str, capsys: pytest.CaptureFixture
     shown = {line.split()[0] for line in printed.out.splitlines() if line.startswith("  ") and "." in line.split()[0]}
     sections = VERBS.get(verb).sections
     assert {"model.path", "model.dtype", "run.dir", "run.seed"} <= shown
-    assert ("optimizer.lr" in shown) == (verb == "fit")
+    assert ("optimizer.lr" in shown) == (verb in ("fit", "plan"))
     if "method" in sections:
         assert {f"method.{key}" for key in QLoraOptions.model_fields} <= shown
     if "export" in sections:

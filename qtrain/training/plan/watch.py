@@ -14,6 +14,7 @@ from torch import Tensor
 from qtrain.console import say
 from qtrain.files import write_json
 from qtrain.training.live_bytes import LiveBytes, tensor_bytes
+from qtrain.training.metrics_file import MetricsFile
 from qtrain.training.module import LanguageModule
 from qtrain.training.plan.plan import Plan
 from qtrain.training.plan.shapes import held
@@ -125,7 +126,9 @@ class PlanWatch(Callback):
 
     def _log(self, trainer: Trainer, figures: dict[str, float]) -> None:
         for logger in trainer.loggers:
-            logger.log_metrics(figures, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+            # Not into metrics.csv: these are facts of a process, and a resumed run has them at other steps.
+            if not isinstance(logger, MetricsFile):
+                logger.log_metrics(figures, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
         write_json(self.path, self.to_dict())
 
 
