@@ -310,6 +310,9 @@ class LanguageModule(L.LightningModule):
     def on_fit_end(self) -> None:
         """Layers run as they are again."""
         if self.graphs is not None:
+            if self.graphs.count:
+                replayed, others = self.graphs.calls
+                say([f"graphs      {replayed:,} calls of layers replayed, {others:,} not: evaluation, other shapes"])
             self.graphs.release()
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:

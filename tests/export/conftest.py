@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -78,3 +79,20 @@ def qat_trained() -> Callable[..., Any]:
         return method, model.eval(), layers
 
     return train
+
+
+@pytest.fixture(scope="session")
+def with_outliers() -> Callable[[Any], Any]:
+    """A deployed model with one weight of each quantized layer beside its codes, as SpQR leaves them."""
+    from qtrain.modules.record import Outliers
+
+    beside = Outliers(torch.tensor([5], dtype=torch.int32), torch.ones(1, dtype=torch.bfloat16))
+
+    def changed(tensor: DeployedTensor) -> DeployedTensor:
+        record = tensor.record
+        return tensor if record is None else replace(tensor, record=lambda: replace(record(), outliers=beside))
+
+    def change(model: DeployedModel) -> DeployedModel:
+        return replace(model, tensors=lambda: map(changed, model.tensors()))
+
+    return change

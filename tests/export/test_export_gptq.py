@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,8 @@ from qtrain.export.gptq.layer import gptq_tensors
 from qtrain.export.gptq.write import write
 from qtrain.models.packed import load_packed
 from qtrain.models.quantized.checkpoint import read_quantized
-from qtrain.modules.deployed import DeployedModel, DeployedTensor
-from qtrain.modules.record import LinearRecord, Outliers
+from qtrain.modules.deployed import DeployedModel
+from qtrain.modules.record import LinearRecord
 from qtrain.numerics.affine import choose_qparams, quantize
 from qtrain.numerics.spec import QuantSpec
 from qtrain.ptq.activation_stats import Calibration
@@ -281,16 +280,14 @@ def test_scales_that_fp16_does_not_hold_are_named() -> None:
         gptq_tensors("up_proj", record, 1)
 
 
-def test_outliers_beside_the_codes_are_refused(tmp_path: Path, tiny_model: Build, qat_trained: Train) -> None:
+def test_outliers_beside_the_codes_are_refused(
+    tmp_path: Path,
+    tiny_model: Build,
+    qat_trained: Callable[..., Any],
+    with_outliers: Callable[[Any], Any],
+) -> None:
     method, model, _ = qat_trained(tiny_model(), {"weight": {"format": "int4"}})
-    deployed = method.deployed(model, dtype=torch.float32)
-    beside = Outliers(torch.tensor([5], dtype=torch.int32), torch.ones(1, dtype=torch.bfloat16))
-
-    def with_outliers(tensor: DeployedTensor) -> DeployedTensor:
-        record = tensor.record
-        return tensor if record is None else replace(tensor, record=lambda: replace(record(), outliers=beside))
-
-    changed = replace(deployed, tensors=lambda: map(with_outliers, deployed.tensors()))
+    changed = with_outliers(method.deployed(model, dtype=torch.float32))
     with pytest.raises(ExportError, match=r"q_proj(.|\n)*1 of 4096 weights(.|\n)*SpQR(.|\n)*export\.format=merged"):
         write(changed, GptqOptions(), tmp_path / "out", tokenizer=None, facts={})
     assert list(tmp_path.iterdir()) == []

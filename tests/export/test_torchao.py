@@ -6,7 +6,6 @@ import importlib.util
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,7 @@ from qtrain.methods.method import build_method
 from qtrain.methods.qat.config import QatOptions
 from qtrain.models.packed import load_packed
 from qtrain.models.quantized.checkpoint import read_quantized
-from qtrain.modules.deployed import DeployedTensor
 from qtrain.modules.quant_linear import QuantLinear
-from qtrain.modules.record import Outliers
 
 Build = Callable[..., PreTrainedModel]
 LSQ = {"range": "learned", "calibrate": "mse"}
@@ -88,17 +85,13 @@ def exported(
 
 
 def test_outliers_beside_the_codes_are_refused(
-    tmp_path: Path, tiny_model: Build, qat_trained: Callable[..., Any]
+    tmp_path: Path,
+    tiny_model: Build,
+    qat_trained: Callable[..., Any],
+    with_outliers: Callable[[Any], Any],
 ) -> None:
     method, model, _ = qat_trained(tiny_model(), {"weight": {"format": "int4"}})
-    deployed = method.deployed(model, dtype=torch.float32)
-    beside = Outliers(torch.tensor([5], dtype=torch.int32), torch.ones(1, dtype=torch.bfloat16))
-
-    def with_outliers(tensor: DeployedTensor) -> DeployedTensor:
-        record = tensor.record
-        return tensor if record is None else replace(tensor, record=lambda: replace(record(), outliers=beside))
-
-    changed = replace(deployed, tensors=lambda: map(with_outliers, deployed.tensors()))
+    changed = with_outliers(method.deployed(model, dtype=torch.float32))
     with pytest.raises(ExportError, match=r"q_proj(.|\n)*1 of 4096 weights(.|\n)*SpQR(.|\n)*export\.format=merged"):
         write(changed, TorchaoOptions(), tmp_path / "out", tokenizer=None, facts={})
     assert list(tmp_path.iterdir()) == []
