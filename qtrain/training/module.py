@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qtrain.config.schema import Config
@@ -95,6 +96,7 @@ class LanguageModule(L.LightningModule):
         self._validation: list[Tensor] = []
         self._twin: Teacher | None = None
         self.graphs: LayerGraphs | None = None  # of decoder layers, from the first batch on
+        self._clones: list[RemovableHandle] = []
         self.cache: CachedLogits | None = None
         self.recompute: Recompute | None = None
         self.block_errors: list[BlockError] = []
@@ -303,9 +305,8 @@ class LanguageModule(L.LightningModule):
         say([f"graphs      {self.graphs}"])
         if self.graphs.count and self.trainer.accumulate_grad_batches > 1:
             # A graph writes its gradients where it wrote them before, and there autograd would accumulate them.
-            for parameter in self.parameters():
-                if parameter.requires_grad:
-                    parameter.register_hook(torch.clone)
+            trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+            self._clones = [parameter.register_hook(torch.clone) for parameter in trained]
 
     def on_fit_end(self) -> None:
         """Layers run as they are again."""
@@ -314,6 +315,8 @@ class LanguageModule(L.LightningModule):
                 replayed, others = self.graphs.calls
                 say([f"graphs      {replayed:,} calls of layers replayed, {others:,} not: evaluation, other shapes"])
             self.graphs.release()
+        for clone in self._clones:
+            clone.remove()
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Its gradients; where memory runs out in the first steps, by a lower level of recomputation."""
