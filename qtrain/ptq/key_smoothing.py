@@ -1,10 +1,11 @@
-"""Outlier channels of keys move into the queries before keys are quantized: the scores stay what they were."""
+"""Before keys are quantized, what makes their range wide moves into the queries: the scores stay what they were."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -12,15 +13,14 @@ from transformers import PreTrainedModel
 
 from qtrain.errors import ModelError
 from qtrain.modules.kv.config import KVCacheSection
-from qtrain.modules.kv.prepare import attention_modules, prepare_kv, remove_kv
+from qtrain.modules.kv.prepare import CHILD, attention_modules, prepare_kv, remove_kv
+from qtrain.modules.kv.quantizer import KVQuantizer
+from qtrain.modules.kv.sites import key_heads
 from qtrain.modules.quantizers import full_precision
 from qtrain.ptq.activation_stats import inference
 from qtrain.ptq.block_text import BlockText, Context, DecoderText, Progress
+from qtrain.ptq.key_search import Span, search, span_of
 from qtrain.ptq.query_key import QueryKey
-
-POWERS = ((0.5, 0.0), (0.75, 0.0), (0.5, 0.25), (0.75, 0.25), (1.0, 0.25), (1.0, 0.5))
-"""(a, b) of scales k^a / q^b that are tried. All of SmolLM2 by one pair, int4 keys: none 29.6, (0.5, 0) 28.9,
-(0.7, 0.3) 28.6 of 27.0 in full precision; with int4 values too, (1, 0) is worse than none."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,10 @@ def smooth_keys(
     context: Context = nullcontext,
     progress: Progress | None = None,
 ) -> list[Smoothed]:
-    """q^T k = (q s)^T (k / s), one s for the two channels that RoPE turns into each other (SmoothAttention: Lin 2024,
-    QServe, arXiv 2405.04532).
+    """Each block's ``KeyFold``: scales and turns that cancel in the scores and make its quantized keys lose less.
 
-    s = k^a / q^b of the largest magnitudes on ``rows``, for each key-value head; of ``POWERS`` each block takes those
-    with the least error of its output, or none. That s cancels is proven on the block; blocks where it does not stay as
-    they are.
+    They are searched on ``rows``, for each key-value head; a block whose output they do not bring nearer to what it was
+    stays as it is, and so does one on which it is not proven that they cancel.
 
     Args:
         model: plain, in fp32; its query and key projections, or the norms after them, are rewritten.
@@ -65,7 +63,7 @@ def smooth_keys(
                 text = DecoderText.of(model, rows, context, over)
             for k in over(iter(range(len(text.blocks))), len(text.blocks)):
                 block = text.at(k, [])
-                found += _smooth(block)
+                found += _smooth(block, section)
                 with full_precision(model):
                     text.leave(block)
     finally:
@@ -80,43 +78,60 @@ def smooth_keys(
     return found
 
 
-def _smooth(block: BlockText) -> list[Smoothed]:
-    """One block, by the best of ``POWERS``."""
+def _smooth(block: BlockText, section: KVCacheSection) -> list[Smoothed]:
+    """One block."""
     with full_precision(block.module):
-        sources = [QueryKey.of(block, attention) for _, attention in attention_modules(block.module)]
-        proven = [source for source in sources if source is not None]
+        found = [(attention, QueryKey.of(block, attention)) for _, attention in attention_modules(block.module)]
+        proven = [(attention, source) for attention, source in found if source is not None]
         if not proven:
             return []
         target = list(block.outputs())
-        largest = [source.largest(block) for source in proven]
+        sizes = [source.sizes(block) for _, source in proven]
 
     def error() -> float:
         total = sum(float((y - t).float().square().sum()) for y, t in zip(block.outputs(), target, strict=True))
         return total / sum(t.numel() for t in target)
 
-    def fold(powers: tuple[float, float]) -> None:
-        for source, (queries, keys) in zip(proven, largest, strict=True):
-            source.fold(QueryKey.scale(queries, keys, powers))
+    with _keys([attention for attention, _ in proven]) as keys:
+        before = error()
+    changes = [
+        (source, search(keys[attention], size, source.pair, _span(section), turns=source.turns))
+        for (attention, source), size in zip(proven, sizes, strict=True)
+    ]
+    kept = [parameter for source, _ in changes for parameter in source.parameters()]
+    values = [parameter.detach().clone() for parameter in kept]
+    for source, change in changes:
+        source.fold(change)
+    after = error()
+    if after >= before:
+        for parameter, value in zip(kept, values, strict=True):
+            parameter.copy_(value)
+    return [Smoothed(block.name, before, min(before, after))]
 
-    errors = {}
-    before = error()
-    for powers in POWERS:
-        with _kept(proven):
-            fold(powers)
-            errors[powers] = error()
-    best = min(errors, key=lambda powers: errors[powers])
-    if errors[best] < before:
-        fold(best)
-    return [Smoothed(block.name, before, min(before, errors[best]))]
+
+def _span(section: KVCacheSection) -> Span:
+    return span_of(section.key_section().symmetric, section.group_size, section.shared == "per_token")
 
 
 @contextmanager
-def _kept(sources: Sequence[QueryKey]) -> Iterator[None]:
-    """Afterwards all numbers are bit by bit those of before."""
-    parameters: list[nn.Parameter] = [parameter for source in sources for parameter in source.parameters()]
-    before = [parameter.detach().clone() for parameter in parameters]
+def _keys(attentions: Sequence[nn.Module]) -> Iterator[dict[nn.Module, torch.Tensor]]:
+    """Afterwards what was quantized as keys within, [tokens, H, D] in fp32."""
+    taken: dict[nn.Module, list[torch.Tensor]] = {attention: [] for attention in attentions}
+    found: dict[nn.Module, torch.Tensor] = {}
+
+    def take(attention: nn.Module, kv: KVQuantizer, rows: torch.Tensor) -> None:
+        keys = kv.key_layout.heads(rows.detach().float(), key_heads(attention))
+        taken[attention].append(keys.transpose(1, 2).flatten(0, 1))
+
+    handles = []
+    for attention in attentions:
+        kv = attention.get_submodule(CHILD)
+        assert isinstance(kv, KVQuantizer)
+        hook = partial(take, attention, kv)
+        handles.append(kv.key.register_forward_pre_hook(lambda _, args, hook=hook: hook(args[0])))
     try:
-        yield
+        yield found
     finally:
-        for parameter, value in zip(parameters, before, strict=True):
-            parameter.copy_(value)
+        for handle in handles:
+            handle.remove()
+    found.update({attention: torch.cat(parts) for attention, parts in taken.items()})

@@ -1,7 +1,8 @@
-"""Where one number can go from the keys of an attention into its queries, found by trying."""
+"""Where scales and turns of key channels can go into an attention's queries, found by trying."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +12,10 @@ from torch import Tensor, nn
 
 from qtrain.ptq.block_text import BlockText
 from qtrain.ptq.folds import scale_rows
+from qtrain.ptq.key_search import KeyFold
 
 TOLERANCE = 1e-4
-"""Of what the block adds to its input, in fp32, with and without scales of 0.5 to 2."""
-SMALLEST = 1e-3
-"""Of a head's largest magnitude: what counts for a channel that is nearly silent."""
+"""Of what the block adds to its input, in fp32, with and without scales of 0.5 to 2 and turns."""
 
 
 @dataclass(frozen=True)
@@ -56,48 +56,51 @@ class QueryKey:
         for module in (self.query, self.key):
             yield from module.parameters(recurse=False)
 
-    def largest(self, block: BlockText) -> tuple[Tensor, Tensor]:
-        """Largest magnitudes of queries and of keys on the text [heads, D / 2], of both channels of a pair."""
-        found: dict[nn.Module, Tensor] = {}
+    @property
+    def turns(self) -> bool:
+        """Whether pairs of channels can be turned too: rows of projections can, weights of norms cannot."""
+        return isinstance(self.query, nn.Linear) and isinstance(self.key, nn.Linear)
+
+    def sizes(self, block: BlockText) -> Tensor:
+        """E[q^2] on the text [heads, D / 2], over both channels of a pair and all queries of a key head."""
+        sums: list[Tensor] = []
 
         def note(module: nn.Module, _: Any, output: Tensor) -> None:
-            size = output.detach().float().abs().flatten(0, -2).unflatten(-1, (self.heads, -1, len(self.pair)))
-            size = size.amax(dim=(0, 2))
-            found[module] = torch.maximum(found.get(module, size), size)
+            square = output.detach().float().square().flatten(0, -2).unflatten(-1, (self.heads, -1, len(self.pair)))
+            sums.append(square.mean(dim=(0, 2)))
 
-        handles = [module.register_forward_hook(note) for module in (self.query, self.key)]
+        handle = self.query.register_forward_hook(note)
         try:
             for _ in block.outputs():
                 pass
         finally:
-            for handle in handles:
-                handle.remove()
-        return self._by_pair(found[self.query]), self._by_pair(found[self.key])
+            handle.remove()
+        mean = torch.stack(sums).mean(dim=0)
+        pairs = mean.new_zeros(self.heads, len(self.pair) // 2)
+        return pairs.index_add_(1, self.pair, mean) / 2
 
-    @staticmethod
-    def scale(queries: Tensor, keys: Tensor, powers: tuple[float, float]) -> Tensor:
-        """s = keys^a / queries^b [heads, D / 2], its geometric mean 1 in each head."""
-        q, k = (size.clamp_min(SMALLEST * float(size.amax()) or 1.0).log() for size in (queries, keys))
-        logarithm = powers[0] * k - powers[1] * q
-        return (logarithm - logarithm.mean(dim=-1, keepdim=True)).exp()
-
-    def fold(self, scale: Tensor) -> None:
-        """Queries times ``scale`` [heads, D / 2], keys divided by it."""
-        factor = scale.double()[:, self.pair]
-        for module, own in ((self.query, factor), (self.key, 1 / factor)):
-            shared = len(module.get_parameter("weight")) // own.numel()  # query heads of one key head
-            scale_rows(module, own.repeat_interleave(shared, dim=0).flatten(), self.offset)
-
-    def _by_pair(self, size: Tensor) -> Tensor:
-        pairs = size.new_zeros(len(size), len(self.pair) // 2)
-        return pairs.scatter_reduce(1, self.pair.expand_as(size), size, "amax")
+    @torch.no_grad()
+    def fold(self, change: KeyFold) -> None:
+        """Keys become ``change.keys(k)`` and queries ``change.queries(q)``; each number is rounded once."""
+        change = change.double()
+        if not self.turns:
+            for module, own in ((self.query, change.scale), (self.key, 1 / change.scale)):
+                factor = own[:, self.pair]
+                shared = len(module.get_parameter("weight")) // factor.numel()  # query heads of one key head
+                scale_rows(module, factor.repeat_interleave(shared, dim=0).flatten(), self.offset)
+            return
+        for module, changed in ((self.query, change.queries), (self.key, change.keys)):
+            for parameter in module.parameters(recurse=False):
+                rows = parameter.to(torch.float64).reshape(self.heads, -1, len(self.pair), parameter[0].numel())
+                parameter.copy_(changed(rows.permute(1, 3, 0, 2)).permute(2, 0, 3, 1).reshape(parameter.shape))
 
     def _cancels(self, block: BlockText) -> bool:
         hidden = block.short_hidden.to(self.pair.device)
         before = block.short_call(block.module, hidden)
         kept = [parameter.detach().clone() for parameter in self.parameters()]
-        noise = torch.rand(self.heads, len(self.pair) // 2, generator=torch.Generator().manual_seed(0))
-        self.fold(torch.exp2(2 * noise - 1).to(hidden.device))
+        noise = torch.rand(2, self.heads, len(self.pair) // 2, generator=torch.Generator().manual_seed(0))
+        turn = 2 * math.pi * noise[1] if self.turns else torch.zeros_like(noise[1])
+        self.fold(KeyFold(torch.exp2(2 * noise[0] - 1).to(hidden.device), turn.to(hidden.device), self.pair))
         after = block.short_call(block.module, hidden)
         for parameter, value in zip(self.parameters(), kept, strict=True):
             parameter.copy_(value)
