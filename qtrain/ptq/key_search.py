@@ -80,7 +80,8 @@ def search(keys: Tensor, queries: Tensor, pair: Tensor, span: Span, *, turns: bo
         weight = (change.scale.square() * queries)[:, pair]
         loss = (span(change.keys(keys)).square() * weight).sum(dim=(1, 2)).mean()
         adam.zero_grad()
-        loss.log().backward()
+        # Of no keys or queries but zeros the loss is 0, and so is its gradient then, not NaN.
+        loss.clamp_min(torch.finfo(loss.dtype).tiny).log().backward()
         adam.step()
         with torch.no_grad():
             log_scale -= log_scale.mean()

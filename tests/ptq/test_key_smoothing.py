@@ -14,6 +14,7 @@ from transformers import (
     LlamaConfig,
     Olmo2Config,
     PretrainedConfig,
+    Qwen2Config,
     Qwen3Config,
 )
 
@@ -35,6 +36,7 @@ SHAPE = {
 HEADS = {"head_dim": 8}
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**SHAPE),
+    "qwen2": Qwen2Config(**SHAPE),  # projections with a bias
     "qwen3": Qwen3Config(**SHAPE, **HEADS),  # norms of one head's width, shared by all heads
     "gemma3": Gemma3TextConfig(**SHAPE, **HEADS, sliding_window=16),  # norms that multiply by 1 + weight
     "olmo2": Olmo2Config(**SHAPE),  # norms over all heads
@@ -47,8 +49,11 @@ ROWS = [torch.randint(0, 96, (2, 24), generator=torch.Generator().manual_seed(i)
 def model(request: pytest.FixtureRequest) -> torch.nn.Module:
     """A tiny model of which some channels of keys are outliers."""
     torch.manual_seed(0)
-    made = AutoModelForCausalLM.from_config(CONFIGS[request.param]).float().eval()
+    config = copy.deepcopy(CONFIGS[request.param])  # prepare_kv writes the attention's name into it
+    made = AutoModelForCausalLM.from_config(config).float().eval()
     for name, parameter in made.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)  # else they are zeros
         if "k_norm" in name or ("k_proj" in name and f"{name[: name.rindex('k_proj')]}k_norm" not in name):
             with torch.no_grad():
                 parameter[3::8] = 8 * parameter[3::8] if parameter.dim() == 2 else 8
@@ -60,16 +65,21 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return torch.cat([model(row).logits for row in ROWS])
 
 
+@pytest.mark.parametrize("site", ["post_rope", "pre_rope"])
 @pytest.mark.parametrize("share", ["per_head", "per_token"])
-def test_the_function_stays_and_the_error_falls(model, share):
+def test_the_function_stays_and_the_error_falls(model, site, share):
     section = KVCacheSection(
-        format="int4", symmetric=False, site="post_rope", share=share, value={"format": "int8"}, smooth=True
+        format="int4", symmetric=False, site=site, share=share, value={"format": "int8"}, smooth=True
     )
     plain = logits(model)
     other = copy.deepcopy(model)
     found = smooth_keys(model, section, ROWS)
     assert [it.name for it in found] and all(it.after <= it.before for it in found)
-    assert sum(it.after for it in found) < 0.9 * sum(it.before for it in found)
+    # Measured with three seeds: at most 0.33 where projections turn before RoPE (0.40 to 0.55 with scales alone, most
+    # often), 0.45 after it, and 0.69 where norms have scales alone.
+    turned = not any(name.endswith("k_norm.weight") for name, _ in model.named_parameters())
+    left = (0.4 if site == "pre_rope" else 0.5) if turned else 0.75
+    assert sum(it.after for it in found) < left * sum(it.before for it in found)
     torch.testing.assert_close(logits(model), plain, rtol=1e-4, atol=1e-4 * float(plain.abs().max()))
     assert not list(kv_quantizers(model)) and not has_cache_scales(model)
     for one in (model, other):
