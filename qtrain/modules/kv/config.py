@@ -56,8 +56,8 @@ class KVCacheSection(QuantizerSection):
     )
     smooth: bool = Field(
         False,
-        description="first scale and turn channels of keys against those of queries, found on text: narrower ranges, and "
-        "the model stays the same",
+        description="first scale and turn channels of keys against those of queries, found on text: narrower ranges, "
+        "the same model",
     )
     key: KVSide = Field(default_factory=KVSide, description="what is different for keys: {format: int8}")
     value: KVSide = Field(default_factory=KVSide, description="what is different for values")
