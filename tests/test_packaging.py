@@ -41,7 +41,8 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             shutil.copy(ROOT / name, tree / name)
     sdist = build("sdist", tree, place / "sdist")
     with tarfile.open(sdist) as archive:
-        archive.extractall(place / "unpacked", filter="data")
+        safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Python 3.11.4 and later
+        archive.extractall(place / "unpacked", **safe)
     (unpacked,) = (place / "unpacked").iterdir()
     return {
         "tree": tree,

@@ -103,7 +103,7 @@ def _smooth(block: BlockText, section: KVCacheSection) -> list[Smoothed]:
     for source, change in changes:
         source.fold(change)
     after = error()
-    if after >= before:
+    if not after < before:  # NaN too
         for parameter, value in zip(kept, values, strict=True):
             parameter.copy_(value)
     return [Smoothed(block.name, before, min(before, after))]

@@ -52,7 +52,9 @@ for kind in ("bf16", "int8_tensor", "int8_channel"):
     drift = max(float((a - b).abs().max() / b.abs().max()) for a, b in sums)
     found[kind] = {"worst": worst, "drift": drift}
 if rank == 0:
-    print("FOUND" + json.dumps(found))
+    print("FOUND" + json.dumps(found), flush=True)
+distributed.barrier()
+del model, net  # its buckets hold futures of the group
 distributed.destroy_process_group()
 """
 
