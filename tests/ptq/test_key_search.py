@@ -18,6 +18,13 @@ from qtrain.ptq.key_search import FURTHEST, TOKENS, KeyFold, Span, search, span_
 
 LAYOUTS = ("halves", "neighbours")
 """i turns with i + D / 2, or 2i with 2i + 1."""
+FOLDS = given(
+    layout=st.sampled_from(LAYOUTS),
+    pairs=st.integers(1, 8),
+    heads=st.integers(1, 3),
+    shared=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
 PER_HEAD = span_of(symmetric=False, width=None, together=False)
 
 
@@ -62,13 +69,7 @@ def keys_with_outliers(layout: str, tokens: int = 256, seed: int = 0) -> Tensor:
     return keys
 
 
-@given(
-    layout=st.sampled_from(LAYOUTS),
-    pairs=st.integers(1, 8),
-    heads=st.integers(1, 3),
-    shared=st.booleans(),
-    seed=st.integers(0, 2**16),
-)
+@FOLDS
 def test_scores_stay_what_they_are_at_any_positions(layout, pairs, heads, shared, seed):
     generator = torch.Generator().manual_seed(seed)
     k, q = torch.randn(2, 5, heads, 2 * pairs, dtype=torch.float64, generator=generator)
@@ -83,13 +84,7 @@ def test_scores_stay_what_they_are_at_any_positions(layout, pairs, heads, shared
     assert not torch.allclose(change.keys(k), k)
 
 
-@given(
-    layout=st.sampled_from(LAYOUTS),
-    pairs=st.integers(1, 8),
-    heads=st.integers(1, 3),
-    shared=st.booleans(),
-    seed=st.integers(0, 2**16),
-)
+@FOLDS
 def test_keys_are_divided_and_queries_multiplied_by_the_same_scale(layout, pairs, heads, shared, seed):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(5, heads, 2 * pairs, dtype=torch.float64, generator=generator)
