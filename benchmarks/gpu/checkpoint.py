@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +26,9 @@ from qtrain.data.tokens.shards import ShardWriter
 from qtrain.files import atomic_directory, write_json
 
 MODEL, BARE, TOKENS = "llama-7b", "llama-7b-bare", "tokens"
-"""The checkpoint with a tokenizer; the same files without, for peers that would try to mend it; rows of ids."""
+"""The checkpoint with a tokenizer; the same files with one as Llama's is, for peers that mend others; rows of ids."""
+
+LLAMAS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 
 
 def make_model(directory: Path, shape: Shape) -> None:
@@ -49,12 +52,14 @@ def make_model(directory: Path, shape: Shape) -> None:
     config.save_pretrained(directory)
 
 
-def make_tokenizer(directory: Path, words: int) -> None:
-    """One word an id; the last ends a text."""
-    vocabulary = {f"w{i}": i for i in range(words - 1)} | {"</s>": words - 1}
+def make_tokenizer(directory: Path, words: int, special: Mapping[str, str]) -> None:
+    """One word an id; the last ones are ``special``, by their roles."""
+    names = list(dict.fromkeys(special.values()))
+    vocabulary = {f"w{i}": i for i in range(words - len(names))}
+    vocabulary |= {name: words - len(names) + i for i, name in enumerate(names)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>")
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
     wrapped.save_pretrained(directory)
 
 
@@ -75,7 +80,7 @@ def main() -> None:
     if not (asked.work / MODEL).exists():
         with atomic_directory(asked.work / MODEL) as directory:
             make_model(directory, shape)
-            make_tokenizer(directory, shape.vocab)
+            make_tokenizer(directory, shape.vocab, {"eos_token": "</s>", "pad_token": "</s>"})
     if not (asked.work / BARE).exists():
         with atomic_directory(asked.work / BARE) as directory:
             for file in (asked.work / MODEL).iterdir():
@@ -83,6 +88,7 @@ def main() -> None:
                     os.link(file, directory / file.name)
                 elif "token" not in file.name:
                     shutil.copy(file, directory)
+            make_tokenizer(directory, shape.vocab, LLAMAS)
     if not (asked.work / TOKENS).exists():
         with atomic_directory(asked.work / TOKENS) as directory:
             make_tokens(directory, 4 * size.rows * (size.warm + size.steps), size.length, shape.vocab)

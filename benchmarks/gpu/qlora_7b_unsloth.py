@@ -43,6 +43,7 @@ def unsloth(asked: argparse.Namespace, *, recompute: str | bool) -> Figures:
         dtype=torch.bfloat16,
         load_in_4bit=True,
         local_files_only=True,
+        fix_tokenizer=False,
     )
     model = FastLanguageModel.get_peft_model(
         model,

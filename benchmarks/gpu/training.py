@@ -69,6 +69,18 @@ def fit_command(words: Sequence[str], asked: argparse.Namespace, flops_per_token
     return Figures(fit["tokens_per_second"], peak, flops_per_token, said, more)
 
 
+class _Lines(Callback):
+    """What the method says of a model while it trains: afterwards it lies on the CPU."""
+
+    def __init__(self, module: LanguageModule) -> None:
+        self.module, self.said = module, list[str]()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep its lines."""
+        assert self.module.model is not None
+        self.said = [" ".join(line.split()) for line in self.module.method.lines(self.module.model)]
+
+
 def train_ours(
     base: LlamaForCausalLM, words: Sequence[str], shape: Shape, size: Sizes, callbacks: Sequence[Callback] = ()
 ) -> Figures:
@@ -79,11 +91,11 @@ def train_ours(
         raise NotHere(" ".join(str(error).split())) from None
     assert isinstance(config, Config)
     module = LanguageModule(config, base=base)
-    found = train(module, config, shape, size, callbacks=callbacks)
+    lines = _Lines(module)
+    found = train(module, config, shape, size, callbacks=[*callbacks, lines])
     assert module.model is not None
     trained = [p for p in module.model.parameters() if p.requires_grad]
-    found.said = [" ".join(line.split()) for line in module.method.lines(module.model)]
-    found.said += [f"layers {module.fused}", f"loss {module.loss_path}", f"recompute {module.recompute}"]
+    found.said = [*lines.said, f"layers {module.fused}", f"loss {module.loss_path}", f"recompute {module.recompute}"]
     found.said += [f"blocks {module.blocks}"] if module.blocks else []
     found.more["state_gib"] = round(state_bytes(trained, config.optimizer) / 2**30, 3)
     return found

@@ -47,7 +47,8 @@ class BlockProof:
 
     def _compare(self, layers: Run, block: Run, members: Sequence[Member], like: Tensor) -> tuple[str | None, bool]:
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn(like.shape, generator=generator)
+        # On the CPU even where a strategy makes its device the default one: the generator is there.
+        x = torch.randn(like.shape, generator=generator, device="cpu")
         x[..., ::2, :] *= 30.0  # where clamps and soft caps show
         x = x.to(like.device, like.dtype)
         with _stirred(members, generator):
@@ -82,7 +83,7 @@ class BlockProof:
             return None
         factors = [factor for member in members for factor in (member.linear().a, member.linear().b)]
         generator = torch.Generator().manual_seed(1)
-        upper = [torch.randn(y.shape, generator=generator).to(y.device, y.dtype) for y in ys]
+        upper = [torch.randn(y.shape, generator=generator, device="cpu").to(y.device, y.dtype) for y in ys]
         return [*ys, *torch.autograd.grad(ys, (x, *factors), upper)]
 
 
@@ -93,12 +94,15 @@ def _stirred(members: Sequence[Member], generator: torch.Generator) -> Iterator[
     try:
         with torch.no_grad():
             for b in factors:
-                b.copy_(torch.randn(b.shape, generator=generator).mul_(0.1))
+                b.copy_(torch.randn(b.shape, generator=generator, device="cpu").mul_(0.1))
+        # A cast that autocast made of B before, and keeps until it ends, would be multiplied in its place.
+        torch.clear_autocast_cache()
         yield
     finally:
         with torch.no_grad():
             for b, own in zip(factors, kept, strict=True):
                 b.copy_(own)
+        torch.clear_autocast_cache()
 
 
 def _near(found: Tensor, wanted: Tensor, tolerance: float) -> bool:

@@ -14,8 +14,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from qtrain.modules import fused_blocks
 from qtrain.modules.frozen_linear import quantize_base
 from qtrain.modules.frozen_weight import Workspace
 from qtrain.modules.fused_blocks import fuse_blocks
@@ -116,6 +118,25 @@ def test_under_autocast_within_the_rounding_of_bf16(base: str, storage: torch.dt
     words = fuse_blocks(plain(model), context_of(torch.bfloat16), "auto")
     assert "QKV, O and MLP fused" in words and "as PEFT" not in words
     assert not far(step(model, torch.bfloat16), wanted, 0.04)
+
+
+def test_fused_inside_the_autocast_of_training_and_where_another_device_is_the_default(decoder: Decoder) -> None:
+    """As Lightning builds a model: autocast keeps casts until it ends, and tensors are made on the strategy's device."""
+    model = adapted(decoder("llama").to(torch.bfloat16), "nf4", torch.bfloat16)
+    context = context_of(torch.bfloat16)
+    inputs = fused_blocks._inputs
+    with context(), pytest.MonkeyPatch.context() as patch:
+        plain(model)(input_ids=IDS)  # with gradients: casts of the factors stay
+        with torch.device("meta"):
+            patch.setattr(fused_blocks, "_inputs", partial(on_cpu, inputs))
+            patch.setattr(fused_blocks, "_activation", lambda act: F.silu)
+            words = fuse_blocks(plain(model), context, "auto")
+    assert "QKV, O and MLP fused" in words and "as PEFT" not in words
+
+
+def on_cpu(run: Callable[..., Any], *arguments: Any) -> Any:
+    with torch.device("cpu"):
+        return run(*arguments)
 
 
 def test_each_linear_alone_is_within_1e_6(decoder: Decoder) -> None:

@@ -47,6 +47,14 @@ def test_llama_takes_the_chunks(tiny_llama: LlamaForCausalLM) -> None:
     torch.testing.assert_close(chunked_loss(tiny_llama, given), plain_loss(tiny_llama, given), rtol=1e-6, atol=0)
 
 
+def test_weights_in_fp32_under_autocast_take_the_chunks(tiny_llama: LlamaForCausalLM) -> None:
+    with torch.no_grad():
+        tiny_llama.lm_head.weight.mul_(20)  # as large as trained ones: what bf16 rounds shows
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, path = choose_loss(tiny_llama)
+    assert path == "head and cross-entropy in chunks"
+
+
 def test_a_capped_head_takes_the_whole_logits(tiny_gemma: Gemma2ForCausalLM) -> None:
     loss, path = choose_loss(tiny_gemma)
     given = batch(64)
