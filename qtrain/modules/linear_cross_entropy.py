@@ -1,4 +1,4 @@
-"""Output head and cross-entropy in one pass over chunks of tokens: no [tokens, vocab] in fp32 ever exists."""
+"""Output head and cross-entropy in one pass over chunks of tokens: no [tokens, vocab] ever exists."""
 
 from __future__ import annotations
 
@@ -8,39 +8,45 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qtrain.kernels.cross_entropy import cross_entropy_, one_pass
+
 CHUNK_BYTES = 256 * 2**20
-"""fp32 logits that exist at once. Below some 1,000 rows a chunk no longer fills a GPU's matrix units."""
+"""Of the logits that exist at once. Below some 1,000 rows a chunk no longer fills a GPU's matrix units."""
+CHUNKS_IN_16_BITS = 8
+"""At most so many are added up in the weight's own 16 bits, each sum rounded; more are added in fp32."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """The gradient of a sum of losses needs nothing from above but one factor: the forward computes it on the way."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
-        rows, needs_hidden, needs_weight = hidden.shape[0], ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        rows, vocab = hidden.shape[0], weight.shape[0]
+        own = weight.to(dtype)
+        step = rows_of_a_chunk(vocab, own, trains=needs_weight)
+        summed = weight.dtype if rows <= CHUNKS_IN_16_BITS * step else torch.float32
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        d_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and ctx.needs_input_grad[2] else None
-        step = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        d_weight = torch.zeros_like(weight, dtype=summed) if needs_weight else None
+        d_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needs_bias else None
+        needs = needs_hidden or needs_weight or needs_bias
         for start in range(0, rows, step):
-            x, target = hidden[start : start + step], labels[start : start + step]
-            logits = F.linear(x.to(weight.dtype), weight, bias).float()
-            normalizer = logits.logsumexp(-1)
-            picked = logits.gather(-1, target[:, None]).squeeze(-1)
-            loss += (normalizer - picked).sum()
-            if d_hidden is None and d_weight is None and d_bias is None:
-                continue
-            # d loss / d logits = softmax - onehot, in place of the logits
-            gradient = logits.sub_(normalizer[:, None]).exp_()
-            gradient.scatter_add_(-1, target[:, None], torch.full_like(picked, -1.0)[:, None])
+            x = hidden[start : start + step].to(dtype)
+            logits = F.linear(x, own, None if bias is None else bias.to(dtype))
+            loss += cross_entropy_(logits, labels[start : start + step], gradient=needs).sum()
             if d_bias is not None:
-                d_bias += gradient.sum(0)
-            gradient = gradient.to(weight.dtype)
+                d_bias += logits.sum(0, dtype=torch.float32)
             if d_hidden is not None:
-                d_hidden[start : start + step] = gradient @ weight
-            if d_weight is not None:
-                d_weight += gradient.t() @ x.to(weight.dtype)
+                d_hidden[start : start + step] = logits @ own
+            if d_weight is None:
+                continue
+            if d_weight.dtype == dtype:
+                d_weight.addmm_(logits.t(), x)
+            else:
+                d_weight += logits.t() @ x
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.dtypes = (weight.dtype, bias.dtype if bias is not None else None)
         return loss
@@ -54,14 +60,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if d_weight is None else (d_weight * factor).to(ctx.dtypes[0]),
             None if d_bias is None else (d_bias * factor).to(ctx.dtypes[1]),
             None,
+            None,
         )
+
+
+def rows_of_a_chunk(vocab: int, weight: Tensor, *, trains: bool) -> int:
+    """Tokens whose logits [rows, vocab] exist at once.
+
+    Beside a weight that trains they may be as large as it: the backward needs that room anyway, to scale its gradient,
+    and each chunk reads and writes that gradient once.
+    """
+    if not one_pass(weight):  # the plain path makes fp32 numbers of them
+        return max(1, CHUNK_BYTES // (4 * vocab))
+    limit = max(CHUNK_BYTES, weight.nbytes if trains else 0)
+    rows = limit // (weight.element_size() * vocab)
+    return rows // 128 * 128 or max(1, rows)  # whole tiles of a product
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None) -> Tensor:
     """Sum over rows of -log softmax(hidden weight^T + bias)[label], in fp32.
 
     Args:
-        hidden: [..., d], any float dtype; products run in the weight's.
+        hidden: [..., d], any float dtype; products run in autocast's, else in the weight's.
         weight: [vocab, d] of the output head.
         labels: [...] int64; -100 rows are left out before any product.
         bias: [vocab].
@@ -69,10 +89,12 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, bias: T
     Returns:
         A scalar: the summed loss in nats; 0 where every label is -100.
     """
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     kept = (labels != -100).nonzero().squeeze(-1)
     if kept.numel() < labels.numel():
         hidden, labels = hidden[kept], labels[kept]
-    with torch.autocast(hidden.device.type, enabled=False):
-        loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels)  # type: ignore[no-untyped-call]
+    with torch.autocast(kind, enabled=False):
+        loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, dtype)  # type: ignore[no-untyped-call]
     return loss

@@ -121,7 +121,7 @@ def test_under_autocast_within_the_rounding_of_bf16(base: str, storage: torch.dt
 
 
 def test_fused_inside_the_autocast_of_training_and_where_another_device_is_the_default(decoder: Decoder) -> None:
-    """As Lightning builds a model: autocast keeps casts until it ends, and tensors are made on the strategy's device."""
+    """As Lightning builds a model: autocast keeps casts until it ends; tensors are made on the strategy's device."""
     model = adapted(decoder("llama").to(torch.bfloat16), "nf4", torch.bfloat16)
     context = context_of(torch.bfloat16)
     inputs = fused_blocks._inputs

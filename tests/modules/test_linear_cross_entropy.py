@@ -119,8 +119,21 @@ def test_bf16_weights_give_a_loss_in_fp32() -> None:
     assert_equal(ours[1:], judged(*case)[1:], 2**-7)
 
 
-def test_autocast_does_not_reach_the_head() -> None:
-    case = example((16,), 8, 11)
+def test_under_autocast_products_run_in_its_dtype() -> None:
+    case = example((64,), 32, 50)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         ours = found(*case)
-    assert_equal(ours, judged(*case), 2e-6)
+    assert all(value.dtype == torch.float32 for value in ours)
+    assert_equal(ours[:1], judged(*case)[:1], 2**-9)
+    assert_equal(ours[1:], judged(*case)[1:], 2**-6)
+    with pytest.raises(AssertionError):  # it is not fp32 that was multiplied
+        assert_equal(ours[1:], judged(*case)[1:], 2**-12)
+
+
+@pytest.mark.parametrize("chunks", [4, 64])
+def test_a_gradient_in_16_bits_that_is_summed_in_chunks(chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, _, labels = example((64,), 32, 50, bias=False, masked=0.0)
+    case = hidden.bfloat16(), weight.bfloat16(), None, labels
+    monkeypatch.setattr(module, "CHUNK_BYTES", 64 // chunks * 4 * 50)
+    ours = found(*case)
+    assert_equal(ours[1:], judged(*case)[1:], 2**-7)

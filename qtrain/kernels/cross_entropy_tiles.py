@@ -1,0 +1,70 @@
+"""Rows of logits to their losses and, in place, to the loss's gradient: a read, and a read and a write more.
+
+The Triton twin of ``qtrain.kernels.cross_entropy.plain_``, which takes twelve passes over numbers of four bytes.
+"""
+
+# mypy: disallow-untyped-decorators=False, warn-unused-ignores=False
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qtrain.kernels.quantize_rows import _to
+
+BLOCK = 8192
+"""Logits at a time."""
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def fits(logits: Tensor) -> bool:
+    """Whether the kernel knows these logits."""
+    return logits.is_cuda and logits.dtype in DTYPES and logits.numel() > 0 and logits.is_contiguous()
+
+
+def cross_entropy_(logits: Tensor, target: Tensor, *, gradient: bool) -> Tensor:
+    """As ``qtrain.kernels.cross_entropy.cross_entropy_``; logits contiguous."""
+    rows, vocab = logits.shape
+    losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    block = min(BLOCK, triton.next_power_of_2(vocab))
+    _rows[(rows,)](
+        *(logits, target.contiguous(), losses, vocab),
+        GRADIENT=gradient,
+        STEPS=triton.cdiv(vocab, block),
+        BLOCK=block,
+        num_warps=max(4, min(16, block // 512)),
+    )
+    return losses
+
+
+@triton.jit
+def _rows(  # type: ignore[no-untyped-def]
+    logits_ptr, target_ptr, losses_ptr, vocab, GRADIENT: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * vocab
+    target = tl.load(target_ptr + row)
+    picked = tl.load(logits_ptr + target).to(tl.float32)
+    column = tl.arange(0, BLOCK)
+    # Largest and sum so far in each lane: one reduction at the end, none in the loop.
+    largest = tl.full([BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for step in range(STEPS):
+        here = step * BLOCK + column
+        x = tl.load(logits_ptr + here, mask=here < vocab, other=float("-inf")).to(tl.float32)
+        # A lane without a finite number yet: 0 in place of -inf, for inf - inf is NaN.
+        higher = tl.where(x > largest, x, largest)
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp(largest - base) + tl.exp(x - base)
+        largest = higher
+    top = tl.max(largest, axis=0)
+    base = tl.where(top == float("-inf"), 0.0, top)
+    normalizer = base + tl.log(tl.sum(total * tl.exp(largest - base), axis=0))
+    tl.store(losses_ptr + row, normalizer - picked)
+    if GRADIENT:
+        for step in range(STEPS):
+            here = step * BLOCK + column
+            x = tl.load(logits_ptr + here, mask=here < vocab, other=float("-inf")).to(tl.float32)
+            share = tl.exp(x - normalizer) - tl.where(here == target, 1.0, 0.0)
+            tl.store(logits_ptr + here, _to(share, logits_ptr.dtype.element_ty), mask=here < vocab)
