@@ -21,6 +21,8 @@ WORDS, WARPS = 512, 4
 """Of a tile whose codes do not: a thread reads a word and writes its numbers side by side, as ``nf4_tiles`` does."""
 SUMMED = 1024
 """Numbers of a tile of the gradient."""
+TOKENS, OUTPUTS, SHARE = 32, 128, 512
+"""Of a tile of outputs, and how many tokens one program adds up."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -111,6 +113,57 @@ def group_sums(
         num_warps=WARPS,
     )
     return leveled, summed
+
+
+def output_sums(dy: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
+    """sum_t dY[t, o] (Y[t, o] - b[o]), fp32 [out]: a read of both, where PyTorch's operations take ten passes in fp32.
+
+    Args:
+        dy, y: [tokens, out].
+    """
+    dy, y = dy.contiguous(), y.contiguous()
+    tokens, out = dy.shape
+    shares = triton.cdiv(tokens, SHARE)
+    # Shares are added up afterwards, in an order that is always the same.
+    partial = torch.empty(shares, out, dtype=torch.float32, device=dy.device)
+    _output_sums[(triton.cdiv(out, OUTPUTS), shares)](
+        *(dy, y, y if bias is None else bias.contiguous(), partial, tokens, out),
+        BIAS=bias is not None,
+        TOKENS=TOKENS,
+        OUTPUTS=OUTPUTS,
+        STEPS=SHARE // TOKENS,
+        num_warps=WARPS,
+    )
+    return partial.sum(0)
+
+
+@triton.jit
+def _output_sums(  # type: ignore[no-untyped-def]
+    dy_ptr,
+    y_ptr,
+    bias_ptr,
+    partial_ptr,
+    tokens,
+    out,
+    BIAS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    column = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    wide = column < out
+    bias = tl.zeros([OUTPUTS], tl.float32)
+    if BIAS:
+        bias = tl.load(bias_ptr + column, mask=wide, other=0.0).to(tl.float32)
+    total = tl.zeros([TOKENS, OUTPUTS], tl.float32)
+    for step in range(STEPS):
+        row = (tl.program_id(1) * STEPS + step) * TOKENS + tl.arange(0, TOKENS)
+        there = (row < tokens)[:, None] & wide[None, :]
+        place = row.to(tl.int64)[:, None] * out + column[None, :]
+        gradient = tl.load(dy_ptr + place, mask=there, other=0.0).to(tl.float32)
+        output = tl.load(y_ptr + place, mask=there, other=0.0).to(tl.float32)
+        total += gradient * (output - bias[None, :])
+    tl.store(partial_ptr + tl.program_id(1) * out + column, tl.sum(total, axis=0), mask=wide)
 
 
 @triton.jit

@@ -168,14 +168,27 @@ def test_the_same_bits_each_time() -> None:
     assert torch.equal(first, second)
 
 
+@tiles
+@pytest.mark.usefixtures("anywhere")
+@pytest.mark.parametrize("tokens", [1, 31, 512, 1100])
+def test_sums_over_tokens(tokens: int) -> None:
+    """Of a layer with one scale a row and a bias: rows of the outputs, not of the weight."""
+    layer = layer_of((140, 24, None), format="int4")
+    layer.bias = torch.nn.Parameter(torch.randn(140, device=DEVICE), requires_grad=False)
+    x, mix = torch.randn(tokens, 24, device=DEVICE), torch.randn(tokens, 140, device=DEVICE)
+    exact = gradients(layer, x.double(), mix.double(), tiles=False)["scale"]
+    found = gradients(layer, x, mix, tiles=True)["scale"]
+    assert found.shape == (140, 1) and (found - exact).norm() < 1e-5 * exact.norm()
+
+
 def test_the_choice_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert kernel.choose_tiles("auto", gpu) == (False, "PyTorch's own operations (kernels=triton is an option)")
     assert kernel.choose_tiles("plain", gpu) == (False, "PyTorch's own operations")
     monkeypatch.setattr(kernel, "packed_tiles", None)
     assert kernel.choose_tiles("triton", gpu) == (False, "PyTorch's own operations: those in Triton need Triton")
     monkeypatch.setattr(kernel, "packed_tiles", kernel)
     assert kernel.choose_tiles("triton", cpu) == (False, "PyTorch's own operations: those in Triton need a GPU")
-    assert kernel.choose_tiles("triton", gpu) == (True, "Triton: dequantization, sums over groups")
+    for asked in ("auto", "triton"):
+        assert kernel.choose_tiles(asked, gpu) == (True, "Triton: dequantization, sums of scales' gradients")
     config = load_recipe(None, "method.name=peqa", "method.kernels=triton")
     assert config.method.model_dump()["kernels"] == "triton"

@@ -43,8 +43,8 @@ class PackedKeys(StartKeys):
     )
     kernels: Literal["auto", "plain", "triton"] = Field(
         "auto",
-        description="of packed layers: plain is PyTorch's operations, triton unpacks in one pass and sums gradients of "
-        "groups without the weight's; auto is plain",
+        description="of packed layers: plain is PyTorch's operations, triton unpacks in one pass and sums the scales' "
+        "gradients in one; auto is triton where there is a GPU",
     )
     spqr: SpqrSection = Field(default_factory=SpqrSection, description="options of init=spqr")
     block_ap: BlockApSection = Field(default_factory=BlockApSection, description="options of init=block_ap")
