@@ -19,6 +19,8 @@ from qtrain.numerics.rules import RULES, Rule
 
 BLOCK = 4096
 """Columns at a time; a longer row is read twice, the second time from a cache."""
+TILE = 64
+"""Rows and columns of what is turned over at a time."""
 
 
 def codes(rule: Rule, x: Tensor, scale: Tensor | None, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -39,6 +41,25 @@ def codes(rule: Rule, x: Tensor, scale: Tensor | None, factor: Tensor | None = N
         **_constants(rule.key, size),
     )
     return out, scales
+
+
+def numbers(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """q s [rows, in] in ``dtype``, rounded once."""
+    codes, scale = codes.contiguous(), scale.contiguous()
+    rows, size = codes.shape
+    out = torch.empty(rows, size, dtype=dtype, device=codes.device)
+    block = min(BLOCK, triton.next_power_of_2(size))
+    _numbers_of[(rows, triton.cdiv(size, block))](codes, scale, out, size, BLOCK=block, num_warps=4)
+    return out
+
+
+def turned(codes: Tensor) -> Tensor:
+    """q^T, contiguous."""
+    rows, columns = codes.shape
+    out = torch.empty(columns, rows, dtype=codes.dtype, device=codes.device)
+    grid = (triton.cdiv(rows, TILE), triton.cdiv(columns, TILE))
+    _turned[grid](codes, out, rows, columns, codes.stride(0), codes.stride(1), TILE=TILE, num_warps=4)
+    return out
 
 
 @lru_cache(maxsize=4096)
@@ -103,6 +124,24 @@ def _codes(  # type: ignore[no-untyped-def]
     if MID_RISE:
         scale = scale * 0.5
     tl.store(scales_ptr + row, scale)
+
+
+@triton.jit
+def _numbers_of(codes_ptr, scale_ptr, out_ptr, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    q = tl.load(codes_ptr + row * size + column, mask=column < size, other=0).to(tl.float32)
+    y = _to(q * tl.load(scale_ptr + row), out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * size + column, y, mask=column < size)
+
+
+@triton.jit
+def _turned(codes_ptr, out_ptr, rows, columns, down, across, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    column = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
+    there = (row < rows)[:, None] & (column < columns)[None, :]
+    q = tl.load(codes_ptr + row[:, None] * down + column[None, :] * across, mask=there, other=0)
+    tl.store(out_ptr + column[:, None] * rows + row[None, :], tl.trans(q), mask=tl.trans(there))
 
 
 @triton.jit

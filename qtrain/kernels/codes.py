@@ -14,6 +14,8 @@ try:
 except ImportError:  # Triton comes with torch where there is a GPU
     code_rows = None  # type: ignore[assignment]
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
 
 def codes(x: Tensor, key: str, scale: Tensor | None = None, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(q, s) with q s = fq(x), row by row; the very codes of the rule, in one pass on a GPU.
@@ -56,17 +58,31 @@ def plain_codes(
 
 def numbers(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """fq(x) [rows, in] in ``dtype`` from its codes and scales, bit for bit the simulated one."""
-    if torch.compiler.is_compiling() or not codes.is_cuda:
+    if torch.compiler.is_compiling() or not _one_pass(codes) or dtype not in FLOATS:
         return (codes * scale.unsqueeze(1)).to(dtype)
-    # Into its place: the fp32 product would take four bytes a number.
-    return torch.mul(codes, scale.unsqueeze(1), out=torch.empty_like(codes, dtype=dtype))
+    return code_rows.numbers(codes, scale, dtype)
+
+
+def turned(codes: Tensor) -> Tensor:
+    """q^T contiguous: int8 tensor cores want both sides so along the sum."""
+    if torch.compiler.is_compiling() or not _one_pass(codes):
+        return codes.t().contiguous()
+    return code_rows.turned(codes)
+
+
+def kernels_know(rule: Rule) -> bool:
+    """Whether they decide this rule's codes: they divide by a scale, where torchao multiplies with its inverse."""
+    return rule.spec.format in INTEGER_BITS and rule.spec.convention != "torchao"
+
+
+def _one_pass(x: Tensor) -> bool:
+    return code_rows is not None and x.is_cuda and x.numel() > 0
 
 
 def _codes(x: Tensor, scale: Tensor | None, factor: Tensor | None, rule: Rule) -> tuple[Tensor, Tensor]:
     if isinstance(rule, Dynamic):
         scale = None  # a learned range that lies there is not asked
-    known = x.is_cuda and x.numel() and rule.spec.format in INTEGER_BITS
-    if code_rows is not None and known and x.dtype in (torch.float32, torch.bfloat16, torch.float16):
+    if kernels_know(rule) and _one_pass(x) and x.dtype in FLOATS:
         return code_rows.codes(rule, x, scale, factor)
     return plain_codes(x, rule, scale, factor)
 

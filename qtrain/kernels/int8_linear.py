@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qtrain.kernels.codes import codes, numbers
+from qtrain.kernels.codes import codes, numbers, turned
 from qtrain.kernels.fake_quantize import backward, forward
 from qtrain.kernels.int8_matmul import int8_matmul
 from qtrain.kernels.shared_input import Latest, cast_for_product, forget_casts
@@ -94,7 +94,7 @@ class _Int8Linear(torch.autograd.Function):
         d_x = d_bias = None
         found_w: tuple[Tensor | None, ...] = (None, None, None)
         if needs[0]:
-            product = _byte_gradient if ctx.byte_gradient else _gradient
+            product = gradient_in_bytes if ctx.byte_gradient else _gradient
             d_x = product(rows, weight, weight_scale, ctx.weight_key).view(ctx.shape)
         if needs[1] or needs[3]:
             d_w = rows.t() @ _levels(q_x, s_x, ctx.dtype).to(upper.dtype)
@@ -108,12 +108,11 @@ def _gradient(rows: Tensor, weight: Tensor, scale: Tensor | None, key: str) -> T
     return rows @ forward(weight, scale, None, key, rows.dtype)
 
 
-def _byte_gradient(rows: Tensor, weight: Tensor, scale: Tensor | None, key: str) -> Tensor:
+def gradient_in_bytes(rows: Tensor, weight: Tensor, scale: Tensor | None, key: str) -> Tensor:
     """dY fq(W) with dY s_w in bytes: the scales of the summed rows of W belong to the left side."""
     q_w, s_w = codes(weight, key, scale)
     q_y, s_y = codes(rows, ROW_BYTES.key, factor=s_w)
-    # int8 tensor cores want both sides contiguous along the sum.
-    return int8_matmul(q_y, q_w.t().contiguous(), s_y, None, None, rows.dtype)
+    return int8_matmul(q_y, turned(q_w), s_y, None, None, rows.dtype)
 
 
 _CODES: Latest[tuple[Tensor, Tensor]] = Latest()

@@ -67,7 +67,7 @@ class BlockProof:
         if found is None:
             return "products in another dtype than the training's", follows
         tolerance = TOLERANCES[self._product_dtype(x)]
-        equal = all(_near(*pair, tolerance) for pair in zip(found, wanted, strict=True))
+        equal = all(near(*pair, tolerance) for pair in zip(found, wanted, strict=True))
         return None if equal else "results that differ from a block's", follows
 
     def _product_dtype(self, x: Tensor) -> torch.dtype:
@@ -105,7 +105,7 @@ def _stirred(members: Sequence[Member], generator: torch.Generator) -> Iterator[
         torch.clear_autocast_cache()
 
 
-def _near(found: Tensor, wanted: Tensor, tolerance: float) -> bool:
+def near(found: Tensor, wanted: Tensor, tolerance: float) -> bool:
     """By rows where there are tokens, else as a whole; a factor's gradient has rows of noise."""
     if found.shape != wanted.shape or found.dtype != wanted.dtype:
         return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qtrain.kernels.codes import turned
 from qtrain.kernels.fp8_product import Fp8Rows, fp8_matmul, fp8_rows, has_fp8
 from qtrain.kernels.lora_product import FrozenWeight
 from qtrain.kernels.shared_input import Latest
@@ -36,9 +37,9 @@ class InFp8:
         self._rows.clear()  # what a forward pass left
         codes, scale = fp8_rows(self._frozen.weight(dy.dtype))
         # Hopper's fp8 units want what is summed over side by side, in both.
-        turned = codes.view(torch.uint8).t().contiguous().view(codes.dtype)
-        ones = scale.new_ones(len(turned), 1)
-        found = fp8_matmul(fp8_rows(dy, scale.flatten()), Fp8Rows(turned, ones), dy.dtype)
+        weight = turned(codes.view(torch.int8)).view(codes.dtype)
+        ones = scale.new_ones(len(weight), 1)
+        found = fp8_matmul(fp8_rows(dy, scale.flatten()), Fp8Rows(weight, ones), dy.dtype)
         return found if into is None else into.add_(found)
 
 

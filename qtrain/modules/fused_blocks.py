@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import permutations
@@ -24,8 +24,7 @@ from qtrain.modules.fp8_weight import fp8_words, in_fp8
 from qtrain.modules.frozen_linear import frozen_kind
 from qtrain.modules.frozen_weight import Workspace, frozen_weight
 from qtrain.modules.fused_layers import GatedMlp, Member, SharedInput
-
-PROBE_TOKENS = 8
+from qtrain.modules.shared_inputs import PROBE_TOKENS, by_parent, inputs_of
 
 
 def fuse_blocks(
@@ -51,11 +50,11 @@ def fuse_blocks(
     dequantize, by = choose_dequantize(device)
     with eval_mode(model):
         try:
-            inputs = _inputs(model, context)
+            inputs = inputs_of(model, LoraLayer, context)
         except (AttributeError, TypeError, ValueError, NotImplementedError) as error:
             return f"as PEFT has them: no forward pass of {PROBE_TOKENS} tokens ({' '.join(str(error).split())[:80]})"
         fused = _Fused(BlockProof(context), dequantize)
-        for parent, groups in _by_parent(model, inputs, fused.refused).items():
+        for parent, groups in by_parent(model, LoraLayer, inputs, fused.refused).items():
             fused.take(parent, groups)
     words = fused.words(device, by)
     return words + (f"; {fused.in_fp8(device)}" if fp8 else "")
@@ -143,59 +142,22 @@ class _Fused:
         """The module as a gated MLP: two linears of one input, one of another, a function, and equal results."""
         by_size = sorted(blocks, key=lambda one: -len(one[0].members))
         rest = [child for child in parent.children() if not isinstance(child, LoraLayer)]
-        if [len(block.members) for block, _ in by_size] != [2, 1] or len(rest) != 1:
+        if [len(block.members) for block, _ in by_size] != [2, 1] or len(rest) > 1:
             return None
-        if next(rest[0].parameters(), None) is not None:
+        act = rest[0] if rest else None  # liger-kernel's MLP has no module for it
+        if act is not None and next(act.parameters(), None) is not None:
             return None
         (pair, x), (last, _) = by_size
         why: str | None = None
         for gate, up in permutations(pair.members):
             members = (gate, up, last.members[0])
-            mlp = GatedMlp(parent, members, rest[0], _activation(rest[0]), parent.forward)
-            kind = (type(parent), type(rest[0]), gate.name, tuple(map(_kind, members)))
+            mlp = GatedMlp(parent, members, act, _activation(act), parent.forward)
+            kind = (type(parent), type(act), gate.name, tuple(map(_kind, members)))
             why = self._proof.why_not(kind, mlp.alone, mlp.outputs, members, x)
             if why is None:
                 return mlp
         self._notes[f"MLP in parts for {why}"] = None
         return None
-
-
-def _inputs(model: PreTrainedModel, context: Callable[[], AbstractContextManager[Any]]) -> dict[int, list[Tensor]]:
-    """What each LoRA layer, by its id, is given in a pass of a few tokens."""
-    found: dict[int, list[Tensor]] = defaultdict(list)
-
-    def note(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        found[id(module)].append(arguments[0])
-
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    handles = [layer.register_forward_pre_hook(note) for layer in layers]
-    ids = torch.arange(1, PROBE_TOKENS + 1, device=next(model.parameters()).device)[None]
-    try:
-        with torch.no_grad(), context():
-            model.get_decoder()(input_ids=ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
-
-
-def _by_parent(
-    model: PreTrainedModel, inputs: Mapping[int, list[Tensor]], refused: Counter[str]
-) -> dict[nn.Module, list[dict[str, Tensor]]]:
-    """The layers of each module in groups that are given the same tensor."""
-    found: dict[nn.Module, list[dict[str, Tensor]]] = {}
-    for parent in model.modules():
-        groups: dict[int, dict[str, Tensor]] = defaultdict(dict)
-        for name, layer in parent.named_children():
-            if isinstance(layer, LoraLayer):
-                calls = inputs.get(id(layer), [])
-                if len(calls) == 1:
-                    groups[id(calls[0])][name] = calls[0]
-                else:
-                    refused["running several times a pass" if calls else "not running in a pass of a few tokens"] += 1
-        if groups:
-            found[parent] = list(groups.values())
-    return found
 
 
 def _why_not(layer: LoraLayer) -> str | None:
@@ -226,9 +188,11 @@ def _base_kind(member: Member) -> str:
     return frozen_kind(base) or "16 bits"
 
 
-def _activation(act: nn.Module) -> Activation:
-    """F.silu where that is what ``act`` computes, for which there is a kernel; else ``act`` itself."""
-    x = torch.linspace(-30, 30, 241)
+def _activation(act: nn.Module | None) -> Activation:
+    """F.silu where that is what ``act`` computes, for which there is a kernel, or there is none; else ``act``."""
+    if act is None:
+        return F.silu
+    x = torch.linspace(-30, 30, 241, device="cpu")
     with torch.no_grad():
         return F.silu if torch.equal(act(x), F.silu(x)) else act
 

@@ -49,7 +49,7 @@ class Member:
             and not layer.disable_adapters
             and list(layer.active_adapters) == [self.adapter]
             and getattr(self.parent, self.name, None) is layer
-            and not any(map(_watched, (base, *self._parts())))
+            and not any(map(watched, (base, *self._parts())))
         )
 
     def linear(self) -> LoraLinear:
@@ -135,13 +135,13 @@ class GatedMlp:
 
     Attributes:
         members: gate, up and down.
-        act: the module of f, which a hook may watch. activation: f.
+        act: the module of f, which a hook may watch, or None. activation: f.
         forward: the module's own.
     """
 
     mlp: nn.Module
     members: tuple[Member, Member, Member]
-    act: nn.Module
+    act: nn.Module | None
     activation: Activation
     forward: Forward
 
@@ -162,7 +162,7 @@ class GatedMlp:
 
     def outputs(self, x: Tensor) -> tuple[Tensor] | None:
         """By the block; None where it does not run."""
-        if _watched(self.act) or any(_watched(member.layer) for member in self.members):
+        if watched(self.act) or any(watched(member.layer) for member in self.members):
             return None
         compute = _compute(x, self.members)
         if compute is None:
@@ -180,7 +180,7 @@ def _compute(x: Tensor, members: Sequence[Member]) -> Compute | None:
     return Compute(dtype, x.dtype if members[-1].follows_input else dtype, dropouts.pop())
 
 
-def _watched(module: object) -> bool:
+def watched(module: object) -> bool:
     """Whether hooks wait for calls that a block does not make."""
     if not isinstance(module, nn.Module):
         return False

@@ -8,6 +8,7 @@ Kernels = Literal["plain", "triton", "int8"]
 """plain: levels by PyTorch's operations, multiplied as floats. triton: levels by one-pass kernels where there is a GPU.
 int8: codes multiplied as bytes where a layer's specs allow it, else as triton."""
 AUTO: Kernels = "triton"
-"""What ``auto`` is; ``int8`` once benchmarks/qat_linear_gpu.py has shown on a GPU that it wins."""
+"""What ``auto`` is without a GPU: there products of bytes are slower than those of floats, or not exact."""
+AUTO_ON_GPU: Kernels = "int8"
 InputGradient = Literal["full", "int8"]
 """full: a layer passes on dY fq(W), multiplied in its own dtype. int8: as bytes, dY rounded by token."""

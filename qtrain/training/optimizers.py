@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -15,13 +14,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from qtrain.config.schema import OptimizerSection
 from qtrain.errors import ConfigError
 from qtrain.kernels.adamw import CHUNK, CHUNK_BYTES
+from qtrain.training.bnb_optimizers import AdamW8bit, PagedAdamW8bit, PagedAdamW32bit
 from qtrain.training.stochastic_adamw import SMALLEST_16BIT, StochasticAdamW
 
 SMALLEST_8BIT = 4096
 EIGHT_BIT = {
-    "adamw_8bit": bnb.optim.AdamW8bit,
-    "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
-    "paged_adamw_32bit": bnb.optim.PagedAdamW32bit,
+    "adamw_8bit": AdamW8bit,
+    "paged_adamw_8bit": PagedAdamW8bit,
+    "paged_adamw_32bit": PagedAdamW32bit,
 }
 
 

@@ -155,6 +155,18 @@ def test_kernel_of_codes_takes_strides_and_marks_broken_rows() -> None:
     assert bool(scales[2].isnan()) and int(scales.isnan().sum()) == 1
 
 
+@KERNELS
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (70, 130), (64, 64), (2, 4100)], ids=str)
+def test_kernels_of_numbers_and_of_turned_codes_are_their_twins(shape: tuple[int, int]) -> None:
+    from qtrain.kernels import code_rows
+
+    q, _, s, *_ = operands(shape[0], 1, shape[1])
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert torch.equal(code_rows.numbers(q, s, dtype), (q * s.unsqueeze(1)).to(dtype))
+    assert torch.equal(code_rows.turned(q), q.t()) and code_rows.turned(q).is_contiguous()
+    assert torch.equal(code_rows.turned(q.t()), q)
+
+
 # ---------------------------------------------------------------- products
 
 

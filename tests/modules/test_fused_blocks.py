@@ -124,11 +124,11 @@ def test_fused_inside_the_autocast_of_training_and_where_another_device_is_the_d
     """As Lightning builds a model: autocast keeps casts until it ends; tensors are made on the strategy's device."""
     model = adapted(decoder("llama").to(torch.bfloat16), "nf4", torch.bfloat16)
     context = context_of(torch.bfloat16)
-    inputs = fused_blocks._inputs
+    inputs = fused_blocks.inputs_of
     with context(), pytest.MonkeyPatch.context() as patch:
         plain(model)(input_ids=IDS)  # with gradients: casts of the factors stay
         with torch.device("meta"):
-            patch.setattr(fused_blocks, "_inputs", partial(on_cpu, inputs))
+            patch.setattr(fused_blocks, "inputs_of", partial(on_cpu, inputs))
             patch.setattr(fused_blocks, "_activation", lambda act: F.silu)
             words = fuse_blocks(plain(model), context, "auto")
     assert "QKV, O and MLP fused" in words and "as PEFT" not in words
@@ -137,6 +137,22 @@ def test_fused_inside_the_autocast_of_training_and_where_another_device_is_the_d
 def on_cpu(run: Callable[..., Any], *arguments: Any) -> Any:
     with torch.device("cpu"):
         return run(*arguments)
+
+
+def test_an_mlp_without_a_module_for_its_activation(decoder: Decoder) -> None:
+    """As liger-kernel's: models that are made after it was applied once have it."""
+    model = adapted(decoder("llama"), "nf4")
+    wanted = step(model)
+    for layer in plain(model).model.layers:
+        del layer.mlp.act_fn
+        object.__setattr__(layer.mlp, "forward", partial(swiglu, layer.mlp))
+    assert fuse_blocks(plain(model), context_of(torch.float32), "auto").startswith("QKV, O and MLP fused")
+    assert not far(step(model), wanted, 3e-6)
+
+
+def swiglu(mlp: Any, x: Tensor) -> Tensor:
+    y: Tensor = mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
+    return y
 
 
 def test_each_linear_alone_is_within_1e_6(decoder: Decoder) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
+from bitsandbytes.optim import optimizer as upstream
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -95,7 +96,7 @@ def test_optimizers_by_name(name: str, cls: type) -> None:
         {"name": name, "lr": 3e-3, "weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 1e-6}
     )
     optimizer = build_optimizer(parameters(), section)
-    assert type(optimizer) is cls
+    assert isinstance(optimizer, cls)
     (group,) = optimizer.param_groups
     assert {key: group[key] for key in ("lr", "weight_decay", "eps")} == {"lr": 3e-3, "weight_decay": 0.1, "eps": 1e-6}
     assert tuple(group["betas"]) == (0.8, 0.95)
@@ -126,6 +127,30 @@ def test_states_in_eight_bits() -> None:
     assert stored("adamw") >= 2 * 4 * 64 * 64
     # two codes a parameter, two scales a block of 256, and the two codebooks of 256 values
     assert stored("adamw_8bit") == 2 * (64 * 64 + 4 * 64 * 64 // 256 + 4 * 256)
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU:UserWarning")
+@pytest.mark.parametrize(
+    ("name", "cls"), [("adamw_8bit", bnb.optim.AdamW8bit), ("paged_adamw_8bit", bnb.optim.PagedAdamW8bit)]
+)
+def test_bitsandbytes_steps_without_a_wait_after_each_parameter(
+    name: str, cls: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[torch.Tensor] = []
+    monkeypatch.setattr(upstream, "sync_gpu", waited.append)
+    section = OptimizerSection.model_validate({"name": name, "lr": 1e-2})
+    ours, theirs = parameters(), parameters()
+    optimizer = build_optimizer(ours, section)
+    judge = cls(theirs, lr=1e-2, betas=section.betas, eps=section.eps, weight_decay=section.weight_decay)
+    for step in range(3):
+        for groups in (ours, theirs):
+            groups[0]["params"][0].grad = torch.randn(64, 64, generator=torch.Generator().manual_seed(step))
+        assert optimizer.step(lambda: "closure") == "closure"
+        assert not waited
+        judge.step()
+        assert waited  # theirs does, and does again: nothing stays patched
+        waited.clear()
+    assert torch.equal(ours[0]["params"][0], theirs[0]["params"][0])
 
 
 def test_groups_keep_their_own_rates_under_one_schedule() -> None:

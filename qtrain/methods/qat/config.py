@@ -11,7 +11,7 @@ from qtrain.errors import ConfigError
 from qtrain.methods.config import MethodSection
 from qtrain.methods.qat.start_config import CONFLICTS, INITS, check_name, check_sections
 from qtrain.modules.config import QuantizerSection, WeightSection
-from qtrain.modules.kernel_keys import AUTO, InputGradient
+from qtrain.modules.kernel_keys import AUTO, AUTO_ON_GPU, InputGradient
 from qtrain.modules.kv.config import KVCacheSection
 from qtrain.modules.layer_options import section_of
 from qtrain.numerics.spec import BITS, INTEGER_BITS, QuantSpec
@@ -63,7 +63,7 @@ class QatOptions(StartKeys, MethodSection):
         "auto",
         description="arithmetic of the training, with the same codes: plain PyTorch; triton: one-pass kernels on a "
         "GPU; int8: products of the codes themselves where inputs are dynamic by token and weights have one scale a "
-        f"row, both symmetric, else as triton; auto: {AUTO}",
+        f"row, both symmetric, else as triton; auto: {AUTO_ON_GPU} on a GPU, else {AUTO}",
     )
     input_gradient: InputGradient = Field(
         "full",

@@ -30,7 +30,9 @@ from qtrain.models.stored import stored_weights
 from qtrain.models.trained_tensors import read_tensors
 from qtrain.modules.calibrate import calibrate
 from qtrain.modules.deployed import DeployedModel
+from qtrain.modules.fused_int8 import fuse_int8
 from qtrain.modules.kernel_choice import kernel_lines, use_kernels
+from qtrain.modules.kernel_keys import AUTO_ON_GPU
 from qtrain.modules.kv.prepare import has_cache_scales, kv_quantizers, prepare_kv
 from qtrain.modules.prepare import Prepared, prepare_modules
 from qtrain.modules.quant_linear import QuantLinear
@@ -92,7 +94,8 @@ class Qat(Method[QatOptions]):
                 first_last=options.first_last,
                 head=options.head,
             )
-            use_kernels(model, options.kernels, options.input_gradient)
+            chosen = AUTO_ON_GPU if options.kernels == "auto" and device.type == "cuda" else options.kernels
+            use_kernels(model, chosen, options.input_gradient)
         if options.init is not None and not restoring:
             before = copied_parameters(model, stored)
             self._begun = begin_at(model, options, text=text, context=context, progress=progress)
@@ -105,6 +108,13 @@ class Qat(Method[QatOptions]):
         if options.lora is not None:
             self._add_adapters(model)
         return model
+
+    def fuse(self, model: nn.Module, context: Context) -> str | None:
+        """Layers of bytes that share an input, and gated MLPs of them."""
+        plain = self.plain_model(model)
+        if not any(isinstance(layer, QuantLinear) and layer.kernels == "int8" for layer in plain.modules()):
+            return None
+        return fuse_int8(plain, context)
 
     def calibrate(self, model: nn.Module, rows: Sequence[Tensor], context: Context, progress: Progress) -> None:
         """Weigh the search of weight ranges by the inputs' E[x^2], then observe what static ranges have to hold."""

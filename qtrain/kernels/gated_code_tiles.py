@@ -1,0 +1,168 @@
+"""SwiGLU and the codes of its rows in one pass: two reads and a byte written, where three kernels took five passes.
+
+The Triton twin of ``qtrain.kernels.gated_codes``; rows are read twice, the second time from a cache.
+"""
+
+# mypy: disallow-untyped-decorators=False, warn-unused-ignores=False
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qtrain.kernels.quantize_rows import STORAGE, _clamp, _round, _stored, _to
+from qtrain.numerics.affine import SMALLEST_FP32_SCALE, SMALLEST_SCALE
+from qtrain.numerics.spec import QuantSpec
+
+BLOCK = 4096
+"""Columns at a time."""
+
+
+def fits(gate: Tensor) -> bool:
+    """Whether the kernels know this tensor."""
+    return gate.is_cuda and gate.numel() > 0 and gate.dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+def forward(spec: QuantSpec, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes int8 [rows, size] of silu(g) u and the fp32 scale of each row."""
+    gate, up = gate.contiguous(), up.contiguous()
+    rows, size = gate.shape
+    q = torch.empty(rows, size, dtype=torch.int8, device=gate.device)
+    scales = torch.empty(rows, dtype=torch.float32, device=gate.device)
+    _forward[(rows,)](gate, up, q, scales, size, **_constants(spec, size))
+    return q, scales
+
+
+def backward(spec: QuantSpec, gate: Tensor, up: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(fq(h), dL/dg, dL/du); fq(h) where a contiguous gradient lay."""
+    gate, up, gradient = gate.contiguous(), up.contiguous(), gradient.contiguous()
+    rows, size = gate.shape
+    d_gate, d_up = torch.empty_like(gate), torch.empty_like(gate)
+    _backward[(rows,)](gate, up, gradient, d_gate, d_up, size, **_constants(spec, size))
+    return gradient, d_gate, d_up
+
+
+def _constants(spec: QuantSpec, size: int) -> dict[str, float | int | bool]:
+    block = min(BLOCK, triton.next_power_of_2(size))
+    return {
+        "QUANT_MIN": spec.quant_min,
+        "QUANT_MAX": spec.quant_max,
+        "REACH": spec.reach,
+        "SMALLEST": SMALLEST_FP32_SCALE if spec.scale_dtype == "fp32" else SMALLEST_SCALE,
+        "STORAGE": STORAGE[spec.scale_dtype],
+        "STEPS": triton.cdiv(size, block),
+        "BLOCK": block,
+        "num_warps": 8 if block > 2048 else 4,
+    }
+
+
+@triton.jit
+def _opened(g, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    return _to(g * tl.sigmoid(g), dtype).to(tl.float32)
+
+
+@triton.jit
+def _numbers(g_ptr, u_ptr, column, size):  # type: ignore[no-untyped-def]
+    """h, rounded as often as a consumer does."""
+    dtype: tl.constexpr = g_ptr.dtype.element_ty
+    g = tl.load(g_ptr + column, mask=column < size, other=0.0).to(tl.float32)
+    u = tl.load(u_ptr + column, mask=column < size, other=0.0).to(tl.float32)
+    return _to(_opened(g, dtype) * u, dtype).to(tl.float32)
+
+
+@triton.jit
+def _row_scale(  # type: ignore[no-untyped-def]
+    g_ptr,
+    u_ptr,
+    size,
+    REACH: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    STORAGE: tl.constexpr,
+    STEPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    widest = tl.zeros([BLOCK], tl.float32)
+    broken = tl.zeros([BLOCK], tl.int32)
+    for step in range(STEPS):
+        h = _numbers(g_ptr, u_ptr, step * BLOCK + tl.arange(0, BLOCK), size)
+        widest = tl.maximum(widest, tl.abs(h))
+        broken |= (h != h).to(tl.int32)  # a maximum would hide a NaN
+    scale = _stored(tl.math.div_rn(tl.max(widest, axis=0), REACH), SMALLEST, STORAGE)
+    return tl.where(tl.max(broken, axis=0) != 0, float("nan"), scale)
+
+
+@triton.jit
+def _levels(h, scale, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    scaled = tl.math.div_rn(h, tl.broadcast_to(scale, [BLOCK]))
+    q = _clamp(_round(scaled), QUANT_MIN, QUANT_MAX)
+    return tl.where(scaled == scaled, q, 0.0)  # NaN is no integer; the row's scale is NaN
+
+
+@triton.jit
+def _forward(  # type: ignore[no-untyped-def]
+    g_ptr,
+    u_ptr,
+    q_ptr,
+    scales_ptr,
+    size,
+    QUANT_MIN: tl.constexpr,
+    QUANT_MAX: tl.constexpr,
+    REACH: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    STORAGE: tl.constexpr,
+    STEPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    g_ptr += row * size
+    u_ptr += row * size
+    scale = _row_scale(g_ptr, u_ptr, size, REACH, SMALLEST, STORAGE, STEPS, BLOCK)
+    for step in range(STEPS):
+        column = step * BLOCK + tl.arange(0, BLOCK)
+        q = _levels(_numbers(g_ptr, u_ptr, column, size), scale, QUANT_MIN, QUANT_MAX, BLOCK)
+        tl.store(q_ptr + row * size + column, q.to(tl.int8), mask=column < size)
+    if STORAGE != 0:
+        scale = _to(scale, g_ptr.dtype.element_ty).to(tl.float32)  # as a consumer of h's dtype reads it
+    tl.store(scales_ptr + row, scale)
+
+
+@triton.jit
+def _backward(  # type: ignore[no-untyped-def]
+    g_ptr,
+    u_ptr,
+    dh_ptr,
+    dg_ptr,
+    du_ptr,
+    size,
+    QUANT_MIN: tl.constexpr,
+    QUANT_MAX: tl.constexpr,
+    REACH: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    STORAGE: tl.constexpr,
+    STEPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    dtype: tl.constexpr = g_ptr.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64)
+    g_ptr += row * size
+    u_ptr += row * size
+    dh_ptr += row * size
+    scale = _row_scale(g_ptr, u_ptr, size, REACH, SMALLEST, STORAGE, STEPS, BLOCK)
+    used = scale
+    if STORAGE != 0:
+        used = _to(scale, dtype).to(tl.float32)
+    for step in range(STEPS):
+        column = step * BLOCK + tl.arange(0, BLOCK)
+        inside = column < size
+        g = tl.load(g_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        u = tl.load(u_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        dh = tl.load(dh_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        share = tl.sigmoid(g)
+        opened = _to(g * share, dtype).to(tl.float32)
+        h = _to(opened * u, dtype).to(tl.float32)
+        level = _levels(h, scale, QUANT_MIN, QUANT_MAX, BLOCK) * used
+        tl.store(dh_ptr + column, _to(level, dtype), mask=inside)
+        tl.store(du_ptr + row * size + column, _to(dh * opened, dtype), mask=inside)
+        slope = share * (1.0 + g * (1.0 - share))
+        tl.store(dg_ptr + row * size + column, _to(dh * u * slope, dtype), mask=inside)

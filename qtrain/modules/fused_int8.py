@@ -1,0 +1,263 @@
+"""Fake-quantized layers of bytes that run as one block in training: those that share an input, gated MLPs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from qtrain.kernels.int8_blocks import ByteLinear, int8_mlp, int8_products
+from qtrain.kernels.int8_linear import lacks_int8_product
+from qtrain.modules.block_proof import TOLERANCES, near
+from qtrain.modules.eval_mode import eval_mode
+from qtrain.modules.fused_layers import watched
+from qtrain.modules.quant_linear import QuantLinear
+from qtrain.modules.quantizer import Quantizer
+from qtrain.modules.shared_inputs import PROBE_TOKENS, by_parent, inputs_of
+
+Context = Callable[[], AbstractContextManager[Any]]
+
+
+def fuse_int8(model: PreTrainedModel, context: Context) -> str:
+    """Let layers that share an input, and gated MLPs, be one autograd function each in training, in place.
+
+    Only what multiplies bytes (``QuantLinear.kernels`` is int8). Each kind of block is compared with its layers first.
+
+    Args:
+        context: what training runs in, such as its autocast.
+
+    Returns:
+        What runs fused, and what does not and why, in words.
+    """
+    alone: Counter[str] = Counter()
+    blocks: Counter[str] = Counter()
+    with eval_mode(model):
+        try:
+            inputs = inputs_of(model, QuantLinear, context)
+        except (AttributeError, TypeError, ValueError, NotImplementedError) as error:
+            return f"layer by layer: no forward pass of {PROBE_TOKENS} tokens ({' '.join(str(error).split())[:80]})"
+        for parent, groups in by_parent(model, QuantLinear, inputs, alone).items():
+            for block, x in _candidates(parent, [list(group.items()) for group in groups]):
+                why = _why_not(block, x, context)
+                if why is not None and isinstance(block, GatedBytes):
+                    block = block.pair
+                    why = _why_not(block, x, context)
+                if why is None:
+                    block.install()
+                    blocks[block.label] += 1
+                else:
+                    alone[why] += len(block.layers)
+    words = " and ".join(f"{count} {name}" for name, count in blocks.items()) or "no layers"
+    return f"{words} as one function" + "".join(f"; {count} layers alone: {why}" for why, count in alone.items())
+
+
+@dataclass
+class SharedBytes:
+    """Layers of one module that are given the same tensor: the first of them that is called computes for all."""
+
+    parent: nn.Module
+    names: list[str]
+    layers: list[QuantLinear]
+    _input: Tensor | None = field(default=None, repr=False)
+    _version: int = 0
+    _outputs: dict[int, Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def label(self) -> str:
+        """``QKV``, or ``gate+up``."""
+        short = [name.removesuffix("_proj") for name in self.names]
+        return "".join(short).upper() if all(len(name) == 1 for name in short) else "+".join(short)
+
+    def install(self) -> None:
+        """Take the place of the layers' forwards."""
+        for index, layer in enumerate(self.layers):
+            object.__setattr__(layer, "forward", _Turn(self, index))
+
+    def alone(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Of each by itself."""
+        return tuple(QuantLinear.forward(layer, x) for layer in self.layers)
+
+    def outputs(self, x: Tensor) -> tuple[Tensor, ...] | None:
+        """Of all by the block; None where it does not run."""
+        if _exchanged(self.parent, self.names, self.layers) or _not_ready(self.layers):
+            return None
+        quantizer, first = self.layers[0].input_quantizer, self.layers[0]
+        assert quantizer is not None
+        linears = [_linear(layer) for layer in self.layers]
+        return int8_products(x, linears, input_key=quantizer.rule.key, bytes_backward=first.byte_gradient)
+
+    def output(self, index: int, x: Tensor) -> Tensor | None:
+        """Of one of the layers; None where the block does not run."""
+        if self._input is not x or self._version != x._version or index not in self._outputs:
+            ys = self.outputs(x)
+            if ys is None:
+                return None
+            self._input, self._version, self._outputs = x, x._version, dict(enumerate(ys))
+        y = self._outputs.pop(index)
+        if not self._outputs:
+            self._input = None
+        return y
+
+
+@dataclass
+class _Turn:
+    block: SharedBytes
+    index: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self.block.output(self.index, x) if _in_training() else None
+        layer = self.block.layers[self.index]
+        return type(layer).forward(layer, x) if y is None else y  # after ``convert`` it is a plain one
+
+
+@dataclass
+class GatedBytes:
+    """down(silu(gate(x)) * up(x)) of a module that does nothing else.
+
+    Attributes:
+        names, layers: gate, up and down.
+        forward: the module's own.
+    """
+
+    mlp: nn.Module
+    names: list[str]
+    layers: list[QuantLinear]
+    forward: Callable[..., Any]
+    label: str = "MLP"
+
+    @property
+    def pair(self) -> SharedBytes:
+        """Gate and up alone."""
+        return SharedBytes(self.mlp, self.names[:2], self.layers[:2])
+
+    def install(self) -> None:
+        """Take the place of the module's forward."""
+        object.__setattr__(self.mlp, "forward", self)
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        ys = self.outputs(x) if not args and not kwargs and _in_training() else None
+        return self.forward(x, *args, **kwargs) if ys is None else ys[0]
+
+    def alone(self, x: Tensor) -> tuple[Tensor, ...]:
+        """By the module's own forward."""
+        return (self.forward(x),)
+
+    def outputs(self, x: Tensor) -> tuple[Tensor, ...] | None:
+        """By the block; None where it does not run."""
+        if _exchanged(self.mlp, self.names, self.layers) or any(watched(child) for child in self.mlp.children()):
+            return None
+        gate, up, down = self.layers
+        if _not_ready([gate, up]) or _not_ready([down]):
+            return None
+        first, last = gate.input_quantizer, down.input_quantizer
+        assert first is not None and last is not None
+        y = int8_mlp(
+            x,
+            [_linear(layer) for layer in self.layers],
+            input_key=first.rule.key,
+            hidden_key=last.rule.key,
+            bytes_backward=gate.byte_gradient,
+        )
+        return (y,)
+
+
+Block = SharedBytes | GatedBytes
+
+
+def _candidates(parent: nn.Module, groups: Sequence[list[tuple[str, Tensor]]]) -> list[tuple[Block, Tensor]]:
+    """Blocks of a module, with an input: a gated MLP as a whole, or else its layers that share one."""
+    layers = {name: layer for name, layer in parent.named_children() if isinstance(layer, QuantLinear)}
+    by_size = sorted(groups, key=lambda group: -len(group))
+    rest = [child for child in parent.children() if not isinstance(child, QuantLinear)]
+    # liger-kernel's MLP has no module for its activation.
+    if [len(group) for group in by_size] == [2, 1] and len(rest) < 2 and all(map(_is_silu, rest)):
+        (one, x), (other, _), (last, _) = (*by_size[0], *by_size[1])
+        # Which of the two is opened is what the names say; the comparison tells whether they do.
+        pair = sorted((one, other), key=lambda name: "gate" not in name)
+        names = [*pair, last]
+        return [(GatedBytes(parent, names, [layers[name] for name in names], parent.forward), x)]
+    shared = [([name for name, _ in group], group[0][1]) for group in groups if len(group) > 1]
+    return [(SharedBytes(parent, names, [layers[name] for name in names]), x) for names, x in shared]
+
+
+def _is_silu(act: nn.Module) -> bool:
+    x = torch.linspace(-30, 30, 241, device="cpu")
+    if next(act.parameters(), None) is not None:
+        return False
+    with torch.no_grad():
+        return torch.equal(act(x), F.silu(x))
+
+
+def _why_not(block: Block, like: Tensor, context: Context) -> str | None:
+    """What keeps a block from being its layers but for rounding, in words."""
+    if why := _not_ready(block.layers[:2]):
+        return why
+    x = torch.randn(like.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(like.device, like.dtype)
+    wanted = _outcome(block.alone, block.layers, x, context)
+    found = _outcome(block.outputs, block.layers, x, context)
+    if wanted is None or found is None:
+        return _not_ready(block.layers[-1:]) or "a hook watches"
+    tolerance = TOLERANCES[torch.bfloat16 if wanted[0].dtype == torch.bfloat16 else torch.float32]
+    equal = all(near(*pair, tolerance) for pair in zip(found, wanted, strict=True))
+    return None if equal else "results that differ from a block's"
+
+
+def _outcome(
+    run: Callable[[Tensor], tuple[Tensor, ...] | None], layers: Sequence[QuantLinear], x: Tensor, context: Context
+) -> list[Tensor] | None:
+    """Outputs, and gradients of x and of the weights."""
+    x = x.clone().requires_grad_()
+    with torch.enable_grad(), context():
+        ys = run(x)
+    if ys is None:
+        return None
+    generator = torch.Generator().manual_seed(1)
+    upper = [torch.randn(y.shape, generator=generator, device="cpu").to(y.device, y.dtype) for y in ys]
+    weights = [layer.weight for layer in layers if layer.weight.requires_grad]
+    return [*ys, *torch.autograd.grad(ys, (x, *weights), upper)]
+
+
+def _not_ready(layers: Sequence[QuantLinear]) -> str | None:
+    """Why layers of one input are not multiplied as bytes together, as they are by now."""
+    rules = [layer.rules() for layer in layers]
+    if any(layer.kernels != "int8" for layer in layers):
+        return "method.kernels is not int8"
+    if any(watched(layer) for layer in layers):
+        return "a hook watches"
+    if any(layer.lora_A is not None for layer in layers):
+        return "adapters inside"
+    for (for_weight, for_input), layer in zip(rules, layers, strict=True):
+        if why := lacks_int8_product(for_weight, for_input):
+            return why
+        if not _ready(layer.weight_quantizer) or not _ready(layer.input_quantizer):
+            return "ranges that are not found yet"
+    keys = {for_input.key for _, for_input in rules if for_input is not None}
+    return None if len(keys) == 1 else "inputs of one are quantized otherwise"
+
+
+def _exchanged(parent: nn.Module, names: Sequence[str], layers: Sequence[QuantLinear]) -> bool:
+    """Whether other modules stand there by now, or the same of another class, as after ``convert``."""
+    there = (parent._modules.get(name) for name in names)
+    return any(one is not own or not isinstance(own, QuantLinear) for one, own in zip(there, layers, strict=True))
+
+
+def _ready(quantizer: Quantizer | None) -> bool:
+    return quantizer is not None and quantizer.ready
+
+
+def _linear(layer: QuantLinear) -> ByteLinear:
+    quantizer = layer.weight_quantizer
+    assert quantizer is not None
+    scale, _ = quantizer.range_tensors()
+    return ByteLinear(layer.weight, scale, layer.bias, quantizer.rule.key)
+
+
+def _in_training() -> bool:
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
