@@ -52,7 +52,15 @@ def stream_keys(*numbers: int) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def adamw_(weight: Tensor, gradient: Tensor, m: Tensor, v: Tensor, step: AdamWStep, keys: tuple[int, int]) -> None:
+def adamw_(
+    weight: Tensor,
+    gradient: Tensor,
+    m: Tensor,
+    v: Tensor,
+    step: AdamWStep,
+    keys: tuple[int, int],
+    factor: Tensor | None = None,
+) -> None:
     """One step, in place: a pass over memory on a GPU with Triton, else in chunks.
 
     w's step is made with m and v as they are before they are rounded. fp32 parts are those of exact AdamW.
@@ -60,13 +68,14 @@ def adamw_(weight: Tensor, gradient: Tensor, m: Tensor, v: Tensor, step: AdamWSt
     Args:
         weight, gradient, m, v: of one shape, fp32 or bf16 each; m and v contiguous.
         keys: of the random bits; the same keys round alike.
+        factor: of the gradient, fp32 [] on its device.
     """
     gradient = gradient.contiguous()
     own = weight if weight.is_contiguous() else weight.contiguous()
     if one_pass(weight):
-        adamw_tiles.adamw_(own, gradient, m, v, step, keys)
+        adamw_tiles.adamw_(own, gradient, m, v, step, keys, factor)
     else:
-        plain_(own, gradient, m, v, step, keys)
+        plain_(own, gradient, m, v, step, keys, factor)
     if own is not weight:
         weight.copy_(own)
 
@@ -76,13 +85,23 @@ def one_pass(weight: Tensor) -> bool:
     return adamw_tiles is not None and adamw_tiles.fits(weight)
 
 
-def plain_(weight: Tensor, gradient: Tensor, m: Tensor, v: Tensor, step: AdamWStep, keys: tuple[int, int]) -> None:
+def plain_(
+    weight: Tensor,
+    gradient: Tensor,
+    m: Tensor,
+    v: Tensor,
+    step: AdamWStep,
+    keys: tuple[int, int],
+    factor: Tensor | None = None,
+) -> None:
     """``adamw_`` in PyTorch's operations."""
     parts = [tensor.view(-1) for tensor in (weight, gradient, m, v)]
     rounds = any(tensor.dtype == torch.bfloat16 for tensor in (weight, m, v))
     for start in range(0, weight.numel(), CHUNK):
         w, g, m, v = (part[start : start + CHUNK] for part in parts)
         g32, m32, v32 = g.float(), m.float(), v.float()
+        if factor is not None:
+            g32 = g32 * factor
         m32 = m32 + (g32 - m32).mul_(step.share)
         v32 = (v32 * step.beta2).add_((g32 * g32).mul_(step.square_share))
         g32 = m32 / v32.sqrt().mul_(step.correction).add_(step.eps)

@@ -20,17 +20,28 @@ def fits(x: Tensor) -> bool:
 
 
 def adamw_(
-    weight: Tensor, gradient: Tensor, m: Tensor, v: Tensor, step: tuple[float, ...], keys: tuple[int, int]
+    weight: Tensor,
+    gradient: Tensor,
+    m: Tensor,
+    v: Tensor,
+    step: tuple[float, ...],
+    keys: tuple[int, int],
+    factor: Tensor | None = None,
 ) -> None:
     """In place, on contiguous tensors.
 
     Args:
         step: the numbers of an ``AdamWStep``.
+        factor: of the gradient, fp32 [] on its device: a pointer, so that the host does not wait for it.
     """
     size = weight.numel()
     # As int32: an argument that does not fit would be another type, and another compilation.
     first, second = (key - 2**32 if key >= 2**31 else key for key in keys)
-    _adamw[(triton.cdiv(size, BLOCK),)](weight, gradient, m, v, size, *step, first, second, BLOCK=BLOCK)
+    _adamw[(triton.cdiv(size, BLOCK),)](
+        *(weight, gradient, m, v, m if factor is None else factor, size, *step, first, second),
+        FACTOR=factor is not None,
+        BLOCK=BLOCK,
+    )
 
 
 @triton.jit
@@ -60,6 +71,7 @@ def _adamw(  # type: ignore[no-untyped-def]
     g_ptr,
     m_ptr,
     v_ptr,
+    factor_ptr,
     size,
     kept,
     lr,
@@ -70,6 +82,7 @@ def _adamw(  # type: ignore[no-untyped-def]
     eps,
     first,
     second,
+    FACTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -78,6 +91,8 @@ def _adamw(  # type: ignore[no-untyped-def]
     g = tl.load(g_ptr + place, mask=there, other=0.0).to(tl.float32)
     m = tl.load(m_ptr + place, mask=there, other=0.0).to(tl.float32)
     v = tl.load(v_ptr + place, mask=there, other=0.0).to(tl.float32)
+    if FACTOR:
+        g = g * tl.load(factor_ptr)
     m = m + (g - m) * share
     v = v * beta2 + g * g * square_share
     spread = tl.math.sqrt_rn(v) * correction + eps

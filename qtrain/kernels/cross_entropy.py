@@ -23,6 +23,17 @@ def cross_entropy_(logits: Tensor, target: Tensor, *, gradient: bool) -> Tensor:
     return plain_(logits, target, gradient=gradient)
 
 
+def scaled(x: Tensor, factor: Tensor) -> Tensor:
+    """x * factor in x's dtype, rounded once: a factor of 16 bits would be an error of 0.2 % by itself.
+
+    Args:
+        factor: fp32 [], on x's device, where torch has numbers of two dtypes multiplied one by one.
+    """
+    if one_pass(x):
+        return cross_entropy_tiles.scaled(x, factor)
+    return (x * factor.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
+
+
 def one_pass(logits: Tensor) -> bool:
     """Whether the kernel runs for them."""
     return cross_entropy_tiles is not None and cross_entropy_tiles.fits(logits)

@@ -38,6 +38,21 @@ def cross_entropy_(logits: Tensor, target: Tensor, *, gradient: bool) -> Tensor:
     return losses
 
 
+def scaled(x: Tensor, factor: Tensor) -> Tensor:
+    """x * factor [] in x's dtype; x contiguous."""
+    out = torch.empty_like(x)
+    _scaled[(triton.cdiv(x.numel(), BLOCK),)](x, factor, out, x.numel(), BLOCK=BLOCK, num_warps=8)
+    return out
+
+
+@triton.jit
+def _scaled(x_ptr, factor_ptr, out_ptr, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + place, mask=place < size, other=0.0).to(tl.float32)
+    y = _to(x * tl.load(factor_ptr).to(tl.float32), out_ptr.dtype.element_ty)
+    tl.store(out_ptr + place, y, mask=place < size)
+
+
 @triton.jit
 def _rows(  # type: ignore[no-untyped-def]
     logits_ptr, target_ptr, losses_ptr, vocab, GRADIENT: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr

@@ -201,7 +201,10 @@ def _why_not(block: Block, like: Tensor, context: Context) -> str | None:
         return why
     x = torch.randn(like.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(like.device, like.dtype)
     wanted = _outcome(block.alone, block.layers, x, context)
-    found = _outcome(block.outputs, block.layers, x, context)
+    try:
+        found = _outcome(block.outputs, block.layers, x, context)
+    except Exception as error:  # a compiler that is not there, a chip a kernel does not fit: anything
+        return f"kernels that do not run here ({type(error).__name__}: {' '.join(str(error).split())[:80]})"
     if wanted is None or found is None:
         return _not_ready(block.layers[-1:]) or "a hook watches"
     tolerance = TOLERANCES[torch.bfloat16 if wanted[0].dtype == torch.bfloat16 else torch.float32]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qtrain.kernels.cross_entropy import cross_entropy_, one_pass
+from qtrain.kernels.cross_entropy import cross_entropy_, one_pass, scaled
 
 CHUNK_BYTES = 256 * 2**20
 """Of the logits that exist at once. Below some 1,000 rows a chunk no longer fills a GPU's matrix units."""
@@ -53,12 +53,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        factor = grads[0]
         d_hidden, d_weight, d_bias = ctx.saved_tensors
+        weight_dtype, bias_dtype = ctx.dtypes
         return (
-            None if d_hidden is None else d_hidden * factor.to(d_hidden.dtype),
-            None if d_weight is None else (d_weight * factor).to(ctx.dtypes[0]),
-            None if d_bias is None else (d_bias * factor).to(ctx.dtypes[1]),
+            None if d_hidden is None else scaled(d_hidden, grads[0]),
+            None if d_weight is None else scaled(d_weight, grads[0]).to(weight_dtype),
+            None if d_bias is None else scaled(d_bias, grads[0]).to(bias_dtype),
             None,
             None,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -11,9 +11,11 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,12 +44,14 @@ from qtrain.modules.head import head_factors
 from qtrain.modules.quantizers import full_precision, quantizers
 from qtrain.modules.token_loss import Loss, choose_loss
 from qtrain.training.cuda_graphs import LayerGraphs
+from qtrain.training.gradients import clip_factor, scale_
 from qtrain.training.optimizers import build_optimizer, build_schedule
 from qtrain.training.rate_factors import with_factors
 from qtrain.training.recompute import Recompute
 from qtrain.training.recompute_budget import settle
 from qtrain.training.recompute_retry import AccumulationWindow
 from qtrain.training.sharding import as_forward, local, shard
+from qtrain.training.stochastic_adamw import StochasticAdamW
 from qtrain.training.teacher_cache import cached_logits, training_rows
 
 
@@ -182,7 +186,7 @@ class LanguageModule(L.LightningModule):
         unready = any(not quantizer.ready for _, quantizer in quantizers(plain))
         context = partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=compute == torch.bfloat16)
         with full_precision(plain) if unready else nullcontext(), context():
-            self.blocks = self.method.fuse(self.model, context)
+            self.blocks = None if unready else self.method.fuse(self.model, context)
             self._loss, self.loss_path = choose_loss(plain)
             self._objective = self._loss
             if section.loss != "none":
@@ -204,6 +208,8 @@ class LanguageModule(L.LightningModule):
         context = partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=compute == torch.bfloat16)
         progress = self._progress or (lambda items, total: items)
         self.method.calibrate(self.model, rows[: getattr(config.method, "calibration_rows", 0)], context, progress)
+        if self.blocks is None:  # they are compared with their layers, which needs ranges
+            self.blocks = self.method.fuse(self.model, context)
         if config.distill.layerwise is not None:
             self._distill_blocks(config.distill.layerwise, rows, context, progress)
 
@@ -324,19 +330,30 @@ class LanguageModule(L.LightningModule):
         self._window.backward(loss)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Turn the window's sum of gradients into the gradient of the mean over its tokens."""
+        """Turn the window's sum of gradients into the gradient of the mean over its tokens, if it is not that yet."""
         assert self._window is not None
         total = self._window.close()
         world = self.trainer.world_size
         if world > 1:
             total = torch.as_tensor(self.all_gather(total)).view(world, 2).sum(0)
         loss, tokens = total[0], total[1].clamp(min=1)
-        # Lightning divided each loss by the number of micro-batches, and DDP averages over ranks: both undone here.
-        scale = (self.trainer.accumulate_grad_batches * world / tokens).float()
-        gradients = [local(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        torch._foreach_mul_(gradients, scale)
+        if not self._window.means:
+            # Lightning divided each loss by the number of micro-batches, and DDP averages over ranks: both undone here.
+            scale = (self.trainer.accumulate_grad_batches * world / tokens).float()
+            scale_([local(gradient) for gradient in _gradients(optimizer)], scale)
         self.log("train/loss", (loss / tokens).float(), prog_bar=True)
         self.log("train/lr", float(optimizer.param_groups[0]["lr"]))
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: torch.optim.Optimizer | LightningOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Step, and let go of the gradients: Lightning would keep them through the next forward pass."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad(set_to_none=True)
 
     def configure_gradient_clipping(
         self,
@@ -344,12 +361,19 @@ class LanguageModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by norm, or by value; Lightning refuses to under bf16 with a fused AdamW, which could undo a scaler."""
+        """Clip by norm, or by value; Lightning refuses to under bf16 with a fused AdamW, which could undo a scaler.
+
+        An optimizer that takes a factor multiplies by it as it reads the gradients, which saves a pass over them.
+        """
         if not gradient_clip_val:
             return
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        gradients = _gradients(optimizer)
+        sharded = any(isinstance(gradient, DTensor) for gradient in gradients)
         if gradient_clip_algorithm == "value":
             torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+        elif isinstance(optimizer, StochasticAdamW) and not sharded:
+            optimizer.gradient_factor = clip_factor(gradients, gradient_clip_val)
         else:
             torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
 
@@ -399,3 +423,7 @@ class LanguageModule(L.LightningModule):
         total = float(self.trainer.estimated_stepping_batches)
         schedule = build_schedule(optimizer, section, total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

@@ -72,6 +72,9 @@ class AccumulationWindow:
     cleared and the window is run again from its first micro-batch, each from the random state that it began with,
     so that the step is the one that would have been made.
 
+    Where a window is one micro-batch of one process, its number of tokens is known before its backward, which then
+    gives the gradient of the mean over them (``means``): no pass over all gradients is needed to divide them later.
+
     Args:
         loss: summed loss of a batch.
         recompute: the levels.
@@ -93,13 +96,21 @@ class AccumulationWindow:
     ) -> None:
         self._loss, self._recompute, self._parameters = loss, recompute, parameters
         self._context, self._scale = context, scale
+        self._alone = alone
         self._left = FIRST_STEPS if alone else 0
         self._parts = 1
         self._kept: list[MicroBatch] = []
         self._sums: list[Tensor] = []
+        self._tokens: Tensor | None = None  # of the micro-batch that ``forward`` had last, whole
+
+    @property
+    def means(self) -> bool:
+        """Whether gradients are those of the mean over the window's tokens; else of the sum, divided by ``scale``."""
+        return self._alone and self._scale() == 1
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Summed loss of a micro-batch, or of its first part; the rest follows in ``backward``."""
+        self._tokens = batch["loss_tokens"]
         if not self._left and self._parts == 1:
             return self._summed(batch)
         micro = MicroBatch.of(batch)
@@ -116,10 +127,11 @@ class AccumulationWindow:
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of what ``forward`` gave, and of the parts that are left."""
+        assert self._tokens is not None
         try:
-            loss.backward()
+            loss.backward(self._weight(loss, self._tokens))
             if self._parts > 1:
-                self._run(self._kept[-1].parts(self._parts)[1:])
+                self._run(self._kept[-1].parts(self._parts)[1:], self._tokens)
             return
         except torch.OutOfMemoryError as error:
             if not self._left:
@@ -148,11 +160,16 @@ class AccumulationWindow:
         self._sums.append(torch.stack((loss.detach().double(), tokens.double())))
         return loss
 
-    def _run(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
+    def _weight(self, loss: Tensor, tokens: Tensor) -> Tensor | None:
+        """What the backward of ``loss`` begins with; ``tokens`` are those of its whole micro-batch, not of a part."""
+        # All on the device, which the host does not wait for.
+        return tokens.to(loss.device).clamp(min=1).reciprocal().to(loss.dtype) if self.means else None
+
+    def _run(self, batches: Iterable[Mapping[str, Tensor]], tokens: Tensor) -> None:
         for batch in batches:
             with self._context():
                 loss = self._summed(batch)
-            (loss / self._scale()).backward()
+            (loss / self._scale()).backward(self._weight(loss, tokens))
 
     def _again(self) -> None:
         for parameter in self._parameters():
@@ -160,7 +177,7 @@ class AccumulationWindow:
         self._sums.clear()
         for micro in self._kept:
             micro.rewind()
-            self._run(micro.parts(self._parts))
+            self._run(micro.parts(self._parts), micro.batch["loss_tokens"])
 
     def _give_way(self, what: str) -> None:
         before = self._now()

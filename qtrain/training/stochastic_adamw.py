@@ -31,7 +31,12 @@ class StochasticAdamW(Optimizer):
         params: groups of fp32 and bf16 parameters.
         moments: dtype of both moments of parameters with 4096 elements or more; smaller ones have them in fp32.
         seed: of the rounding.
+
+    Attributes:
+        gradient_factor: fp32 [], by which the next step multiplies each gradient as it reads it; for that step alone.
     """
+
+    gradient_factor: Tensor | None = None
 
     def __init__(
         self,
@@ -54,6 +59,7 @@ class StochasticAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        factor, self.gradient_factor = self.gradient_factor, None  # after the closure, which may have set it
         number = -1
         for group in self.param_groups:
             options = {key: group[key] for key in ("betas", "eps", "weight_decay")}
@@ -73,6 +79,7 @@ class StochasticAdamW(Optimizer):
                     state["exp_avg_sq"],
                     AdamWStep.of(count, lr=float(group["lr"]), **options),
                     stream_keys(group["seed"], count, number),
+                    None if factor is None else factor.to(parameter.device),
                 )
         return loss
 

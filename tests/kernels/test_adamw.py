@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -73,3 +74,22 @@ def test_chunks_have_the_bits_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> N
     plain_(*plain, STEP, (2**32 - 1, 2**31))  # type: ignore[call-arg, arg-type]
     assert len(ours[0].unique()) == 2  # up and down
     assert all(torch.equal(one, other) for one, other in zip(ours, plain, strict=True))
+
+
+@here
+@pytest.mark.parametrize("kinds", KINDS, ids=lambda kinds: "-".join(str(kind).removeprefix("torch.") for kind in kinds))
+@pytest.mark.parametrize("kernel", [adamw_tiles.adamw_, plain_], ids=["tiles", "plain"])
+def test_a_factor_is_a_gradient_multiplied_beforehand(
+    kernel: Callable[..., None], kinds: tuple[torch.dtype, torch.dtype, torch.dtype]
+) -> None:
+    """In fp32, bit for bit; a gradient in bf16 is not rounded again once it is multiplied."""
+    ours, before = tensors((67, 31), kinds), tensors((67, 31), kinds)
+    factor = torch.tensor(0.3171, device=ours[0].device)
+    before[1] = before[1].float() * factor
+    kernel(*ours, STEP, stream_keys(3), factor)
+    kernel(*before, STEP, stream_keys(3))
+    for one, other in zip((ours[0], *ours[2:]), (before[0], *before[2:]), strict=True):
+        # Compiled, the product and the difference from m may be one rounding.
+        fused = ON_GPU and kernel is not plain_
+        close = 0.0 if not fused else 2**-7 if one.dtype == BF16 else 1e-5
+        torch.testing.assert_close(one, other, rtol=close, atol=1e-9 if close else 0.0, equal_nan=True)

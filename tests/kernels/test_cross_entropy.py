@@ -97,6 +97,23 @@ def test_any_shape_and_spread(rows: int, vocab: int, seed: int, spread: float) -
     assert torch.allclose(logits.double(), gradient, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_a_factor_is_rounded_with_the_product_alone(dtype: torch.dtype) -> None:
+    x, _ = example(3, 9000, dtype)
+    factor = torch.tensor(1 / 8188, device=x.device)
+    wanted = (x.double() * factor.double()).to(dtype)
+    runs = [cross_entropy.scaled]
+    if cross_entropy_tiles is not None and (ON_GPU or INTERPRETED):
+        runs.append(cross_entropy_tiles.scaled)
+    for run in runs:
+        found = run(x, factor)
+        assert found.dtype == dtype
+        assert torch.allclose(
+            found.double(), wanted.double(), rtol=2.0 ** -(7 if dtype == torch.bfloat16 else 10), atol=0
+        )
+        assert (found != wanted).float().mean() < 0.01  # twice rounded: by fp32, and then
+
+
 @tiles
 def test_masked_words_and_nan() -> None:
     """-inf has no share; a NaN is not hidden."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
@@ -10,6 +11,9 @@ import torch
 
 from qtrain.config.compose import load_recipe
 from qtrain.data.datamodule import LanguageData
+from qtrain.kernels.adamw import adamw_
+from qtrain.training import stochastic_adamw
+from qtrain.training.gradients import scale_
 from qtrain.training.module import LanguageModule
 from qtrain.training.trainer import trainer_arguments
 
@@ -21,22 +25,30 @@ pytestmark = [
 
 
 class Gradients(L.Callback):
-    """Keeps the gradients that the optimizer is given."""
+    """Keeps the gradients that the optimizer is given; afterwards there are none."""
 
     def __init__(self) -> None:
         self.kept: dict[str, torch.Tensor] = {}
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: object) -> None:
-        if trainer.global_step == 1:
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        def keep(*_: object) -> None:
             self.kept = {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
 
+        trainer.optimizers[0].register_step_post_hook(keep)
 
-def gradients(model: Path, chats: Path, run: Path, batch_size: int, accumulate: int) -> dict[str, torch.Tensor]:
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: object) -> None:
+        assert trainer.global_step == 0 or all(p.grad is None for p in module.parameters())
+
+
+def gradients(
+    model: Path, chats: Path, run: Path, batch_size: int, accumulate: int, *extra: str
+) -> dict[str, torch.Tensor]:
     config = load_recipe(
         None,
         *(f"model.path={model}", f"data.train={chats}", "data.max_length=64", f"data.batch_size={batch_size}"),
         *("data.packing=false", "data.shuffle=false", "method.r=4", "method.base=none", "trainer.max_steps=1"),
         *(f"trainer.accumulate_grad_batches={accumulate}", "trainer.accelerator=cpu", f"run.dir={run}"),
+        *extra,
     )
     module = LanguageModule(config)
     data = LanguageData(config.data, module.tokenizer)
@@ -47,14 +59,19 @@ def gradients(model: Path, chats: Path, run: Path, batch_size: int, accumulate: 
     return keeper.kept
 
 
-def test_accumulation_does_not_change_the_gradient(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    chats = tmp_path / "chats.jsonl"
-    chats.write_text(
+@pytest.fixture
+def chats(tmp_path: Path) -> Path:
+    path = tmp_path / "chats.jsonl"
+    path.write_text(
         "\n".join(
             f'{{"prompt": "count to {n}", "completion": "{" ".join(map(str, range(1 + 3 * n % 11)))}"}}'
             for n in range(8)
         )
     )
+    return path
+
+
+def test_accumulation_does_not_change_the_gradient(tiny_llama_dir: Path, chats: Path, tmp_path: Path) -> None:
     whole = gradients(tiny_llama_dir, chats, tmp_path / "a", 8, 1)
     parts = gradients(tiny_llama_dir, chats, tmp_path / "b", 2, 4)
     assert whole.keys() == parts.keys()
@@ -63,3 +80,38 @@ def test_accumulation_does_not_change_the_gradient(tiny_llama_dir: Path, tmp_pat
     size = torch.cat([whole[n].flatten() for n in whole]).norm()
     assert size > 0
     assert difference / size < 1e-6
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_clipping_reaches_the_step(
+    accumulate: int, tiny_llama_dir: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a factor of the gradients of the mean, which stay as they are; the same one however they came about."""
+    factors: list[torch.Tensor] = []
+
+    def spy(*arguments: Any) -> None:
+        factors.append(arguments[-1])
+        adamw_(*arguments)
+
+    monkeypatch.setattr(stochastic_adamw, "adamw_", spy)
+    words = "optimizer.name=adamw_16bit", "trainer.gradient_clip_val=0.01"
+    kept = gradients(tiny_llama_dir, chats, tmp_path / "a", 8 // accumulate, accumulate, *words)
+    plain = gradients(tiny_llama_dir, chats, tmp_path / "b", 8, 1)
+    norm = float(torch.cat([gradient.flatten() for gradient in plain.values()]).norm())
+    assert norm > 0.02 and len(factors) == len(kept)
+    assert all(float(factor) == pytest.approx(0.01 / norm, rel=1e-4) for factor in factors)
+    for name, gradient in plain.items():
+        torch.testing.assert_close(kept[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_gradients_of_several_dtypes_are_scaled_in_their_own() -> None:
+    """fp32, fp64 and fp16 by the exact factor, bf16 by the nearest one that it has."""
+    factor = torch.tensor(1 / 100_003)
+    kinds = (torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.bfloat16)
+    found = [torch.randn(7, 5, generator=torch.Generator().manual_seed(n)).to(kind) for n, kind in enumerate(kinds)]
+    expected = [
+        (x.double() * (factor.bfloat16() if x.dtype == torch.bfloat16 else factor).double()).to(x.dtype) for x in found
+    ]
+    scale_(found, factor)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=torch.finfo(one.dtype).eps, atol=0)

@@ -205,6 +205,69 @@ def test_the_failed_pass_is_let_go_before_the_next(tiny_llama_dir: Path, tmp_pat
     assert alive == [0, 0] and window.close()[1] == 4
 
 
+@pytest.mark.parametrize(
+    ("plan", "parts"),
+    [(set(), 1), ({("forward", 1)}, 2), ({("backward", 1)}, 2), ({("backward", 1), ("backward", 3)}, 4)],
+    ids=str,
+)
+def test_gradients_of_one_micro_batch_are_those_of_the_mean(
+    plan: set[tuple[str, int]], parts: int, tiny_llama: LlamaForCausalLM
+) -> None:
+    """Over the tokens of all of it, also where its parts have 21, 6, 0 and 2 of them."""
+    model, recompute = tiny_llama.train(), Recompute(tiny_llama)
+    ids = torch.randint(0, 512, (4, 22), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    for row, kept in enumerate((22, 7, 0, 3)):
+        labels[row, kept:] = -100
+    batch = {"input_ids": ids, "labels": labels, "loss_tokens": torch.tensor(29)}
+    trained = list(model.parameters())
+    summed = chunked_loss(model, batch)
+    expected = torch.autograd.grad(summed, trained)
+    seen = {"forward": 0, "backward": 0}
+
+    def due(which: str) -> bool:
+        seen[which] += 1
+        return (which, seen[which]) in plan
+
+    def loss(batch: Any) -> Tensor:
+        result: Tensor = _Fails.apply(chunked_loss(model, batch), due)  # type: ignore[no-untyped-call]
+        return result
+
+    recompute.set("offload")  # from there on micro-batches are divided
+
+    def window(scale: int, *, alone: bool = True) -> recompute_retry.AccumulationWindow:
+        return recompute_retry.AccumulationWindow(
+            loss, recompute, model.parameters, torch.enable_grad, lambda: scale, alone=alone
+        )
+
+    means = window(1)
+    means.backward(means.forward(batch) / 1)
+    assert means.means and means._parts == parts
+    for parameter, gradient in zip(trained, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient / 29, rtol=1e-4, atol=1e-7)
+    # What is logged stays the sum.
+    torch.testing.assert_close(means.close(), torch.stack((summed.detach().double(), torch.tensor(29.0).double())))
+
+    for other in (window(2), window(1, alone=False)):
+        model.zero_grad()
+        scale = other._scale()
+        other.backward(other.forward(batch) / scale)
+        assert not other.means
+        for parameter, gradient in zip(trained, expected, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient / scale, rtol=1e-4, atol=1e-6)
+
+
+def test_a_micro_batch_without_tokens_has_gradients_of_zero(tiny_llama: LlamaForCausalLM) -> None:
+    model = tiny_llama.train()
+    ids = torch.ones(2, 5, dtype=torch.long)
+    batch = {"input_ids": ids, "labels": torch.full_like(ids, -100), "loss_tokens": torch.tensor(0)}
+    loss = partial(chunked_loss, model)
+    window = recompute_retry.AccumulationWindow(loss, Recompute(model), model.parameters, torch.enable_grad, lambda: 1)
+    window.backward(window.forward(batch) / 1)
+    found = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    assert found and all(bool((gradient == 0).all()) for gradient in found)
+
+
 @pytest.mark.gpu
 def test_a_gpu_that_runs_out_for_real() -> None:
     """Four layers of some 0.5 GiB each in 1.5 GiB."""

@@ -5,14 +5,18 @@ from __future__ import annotations
 import copy
 import io
 import math
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from qtrain.config.compose import load_recipe
 from qtrain.config.schema import OptimizerSection
 from qtrain.errors import ConfigError
+from qtrain.training.module import LanguageModule
 from qtrain.training.optimizers import build_optimizer, state_bytes
 from qtrain.training.stochastic_adamw import StochasticAdamW
 
@@ -193,3 +197,92 @@ def test_moments_take_the_bytes_that_are_announced(name: str, each: int) -> None
     optimizer.step()
     held = sum(state[key].nbytes for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq"))
     assert held == each * 5600 + 8 * 64 == state_bytes(weights, section)
+
+
+def weights_and_gradients() -> list[nn.Parameter]:
+    found = [parameter(70, 80), parameter(90, 60, dtype=FP32, seed=1), parameter(64, dtype=FP32, seed=2), parameter(5)]
+    for weight in found[:3]:
+        weight.grad = gradients(weight.shape, 1)[0].to(weight.dtype)
+    return found
+
+
+@pytest.mark.parametrize("moments", [BF16, FP32])
+@pytest.mark.parametrize("through_closure", [False, True])
+def test_a_factor_is_that_of_the_next_step_alone(moments: torch.dtype, through_closure: bool) -> None:
+    """Bit for bit in fp32, and as for a gradient in fp32 where it is in bf16: nothing is rounded before the step."""
+    factor = torch.tensor(0.3171)
+    ours, exact = weights_and_gradients(), weights_and_gradients()
+    optimizer, expected = (
+        StochasticAdamW([{"params": weights}], moments=moments, seed=4, **OPTIONS) for weights in (ours, exact)
+    )
+    held = [None if weight.grad is None else weight.grad.clone() for weight in ours]
+    for number in range(3):
+        if number != 1:
+            for weight, gradient in zip(exact, held, strict=True):
+                if gradient is not None and weight.dtype == FP32:
+                    weight.grad = gradient * factor
+        closure = None
+        if number != 1 and through_closure:
+            closure = partial(setattr, optimizer, "gradient_factor", factor)  # as Lightning does
+        elif number != 1:
+            optimizer.gradient_factor = factor
+        optimizer.step(closure)
+        expected.step()
+        assert optimizer.gradient_factor is None
+        for weight, gradient in zip(exact, held, strict=True):
+            weight.grad = gradient
+    for one, other, gradient in zip(ours, exact, held, strict=True):
+        assert one.grad is gradient is None or (gradient is not None and torch.equal(one.grad, gradient))  # type: ignore[arg-type]
+        if one.dtype == FP32:
+            assert torch.equal(one, other)
+            assert all(
+                torch.equal(optimizer.state[one][key], expected.state[other][key]) for key in optimizer.state[one]
+            )
+    first = optimizer.state[ours[0]]["exp_avg"].double()
+    assert held[0] is not None
+    b = OPTIONS["betas"][0]
+    wanted = held[0].double() * (1 - b) * (float(factor) * (b**2 + 1) + b)
+    torch.testing.assert_close(first, wanted, rtol=3 * 2**-7 if moments == BF16 else 1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("limit", [0.5, 1e6])
+def test_clipping_by_norm_is_torchs(limit: float, tiny_llama_dir: Path) -> None:
+    words = f"model.path={tiny_llama_dir}", "method.base=none", "trainer.accelerator=cpu"
+    module = LanguageModule(load_recipe(None, *words))
+    ours, exact = weights_and_gradients(), weights_and_gradients()
+    optimizer = StochasticAdamW([{"params": ours[:1]}, {"params": ours[1:]}], **OPTIONS)
+    wide = [nn.Parameter(weight.detach().double()) for weight in exact]
+    for double, weight in zip(wide, exact, strict=True):
+        double.grad = None if weight.grad is None else weight.grad.double()
+    norm = torch.nn.utils.clip_grad_norm_(wide, limit)
+    module.configure_gradient_clipping(optimizer, limit, "norm")
+    factor = optimizer.gradient_factor
+    assert factor is not None and factor.dtype == FP32 and factor.shape == ()
+    # Not rounded to bf16 on the way, as torch's own norm of these would be.
+    assert float(factor) == pytest.approx(min(1.0, limit / (float(norm) + 1e-6)), rel=1e-6)
+    for mine, double in zip(ours, wide, strict=True):
+        if mine.grad is not None:
+            torch.testing.assert_close(mine.grad.double() * factor, double.grad, rtol=1e-6, atol=0)
+
+    torchs = torch.optim.AdamW(exact, lr=1e-3)
+    reference = weights_and_gradients()
+    module.configure_gradient_clipping(torchs, limit, "norm")
+    torch.nn.utils.clip_grad_norm_(reference, limit)
+    pairs = [(x.grad, y.grad) for x, y in zip(exact, reference, strict=True) if x.grad is not None]
+    assert len(pairs) == 3 and all(torch.equal(*pair) for pair in pairs)  # type: ignore[arg-type]
+    assert not hasattr(torchs, "gradient_factor")
+
+
+def test_other_clipping_and_nothing_to_clip_leave_no_factor(tiny_llama_dir: Path) -> None:
+    words = f"model.path={tiny_llama_dir}", "method.base=none", "trainer.accelerator=cpu"
+    module = LanguageModule(load_recipe(None, *words))
+    weights = weights_and_gradients()
+    optimizer = StochasticAdamW([{"params": weights}], **OPTIONS)
+    module.configure_gradient_clipping(optimizer, None, "norm")
+    module.configure_gradient_clipping(optimizer, 0.25, "value")
+    assert optimizer.gradient_factor is None
+    assert all(float(weight.grad.abs().max()) == 0.25 for weight in weights if weight.grad is not None)
+    optimizer.zero_grad()
+    module.configure_gradient_clipping(optimizer, 0.25, "norm")
+    assert optimizer.gradient_factor is None
+    optimizer.step()

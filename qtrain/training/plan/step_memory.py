@@ -89,16 +89,15 @@ class StepMemory:
     def at(self, level: str, count: int | None = None) -> Peak:
         """With recomputation at that level, ``count`` layers of ``selective`` (default: half).
 
-        Moments: the head, when all activations are kept and the gradients of the step before are still there
-        (Lightning clears them between forward and backward); the last layer's backward; the first layer's, when the
-        gradients of all others are there; the optimizer's step.
+        Moments: the head, when all activations are kept; the last layer's backward; the first layer's, when the
+        gradients of all others are there; the optimizer's step, after which they are let go.
         """
         total = self.layers
         count = {"none": 0, "selective": (total + 1) // 2 if count is None else count}.get(level, total)
         kept = self.kept(level, count)
         shared = max((kind.layer.shared for kind in self.kinds), default=0)
         activations = self.entry + shared + kept
-        after_clearing = self.gradients if self.accumulates else 0
+        before = self.gradients if self.accumulates else 0
         largest = max((kind.layer.working for kind in self.kinds), default=0)
         saved = max((kind.layer.saved for kind in self.kinds), default=0)
         again = saved if count == total else 0  # it runs again first
@@ -106,8 +105,8 @@ class StepMemory:
         others = self.gradients if self.accumulates else max(0, self.gradients - own)
         one = self.entry + shared + (0 if count else saved)
         moments = [
-            (activations, self.gradients, self.head, HEAD),
-            (activations, after_clearing, again + largest, LAYER),
+            (activations, before, self.head, HEAD),
+            (activations, before, again + largest, LAYER),
             (one, others, (saved if count else 0) + largest, LAYER),
             (0, self.gradients, self.update, UPDATE),
         ]
