@@ -21,7 +21,7 @@ def test_the_plan_takes_the_peers_of_a_chosen_case_along() -> None:
     assert found.returncode == 0
     rows = [line.split()[0] for line in found.stdout.splitlines()]
     asked = ["qlora-7b", "peft-full", "ours-full", "unsloth-full"]
-    assert rows == [*asked, "65b", "qlora", "peqa-row", "peqa-g128", "peqa-g128-triton", "together"]
+    assert rows == [*asked, "65b", "qlora", "peqa-row", "peqa-g128", "together"]
     seconds = {line.split()[0]: int(line.split()[1]) for line in found.stdout.splitlines()}
     # The row that needs no checkpoint begins at once, the other on the second GPU.
     assert seconds["qlora-7b"] < seconds["together"] < seconds["qlora-7b"] + seconds["65b"]

@@ -18,7 +18,7 @@ from benchmarks.gpu.training import train_ours
 
 PEQA = ("method.name=peqa", "method.init=rtn", "method.weight.format=int4", "optimizer.name=adamw_8bit")
 G128 = (*PEQA, "method.weight.group_size=128")
-KERNELS = ("auto", "triton")
+KERNELS = ("auto", "plain")
 
 
 def frozen(words: tuple[str, ...], recompute: str, shape: Shape, size: Sizes) -> Figures:

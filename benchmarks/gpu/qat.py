@@ -36,6 +36,7 @@ SPECS: dict[str, tuple[str, ...]] = {
     "w8a8-triton": (*W8A8, "method.kernels=triton"),
     "w8a8-int8": (*W8A8, INT8),
     "w8a8-int8-gradient": (*W8A8, INT8, "method.input_gradient=int8"),
+    "w8a8-int8-graphs": (*W8A8, INT8, "run.cuda_graphs=true"),
     "w4a8-triton": (*W4A8, "method.kernels=triton"),
     "w4a8-int8": (*W4A8, INT8),
     "w4a8-int8-gradient": (*W4A8, INT8, "method.input_gradient=int8"),

@@ -99,6 +99,7 @@ def _qat(shape: str, rate: float, full: float, low: float) -> tuple[Case, ...]:
         ("w8a8-triton", full, 0.90, 0.8),
         ("w8a8-int8", full, 0.90, 1.0),
         ("w8a8-int8-gradient", low, 0.90, 1.1),
+        ("w8a8-int8-graphs", full, None, 1.0),  # replayed layers keep their gradients' memory
         ("w4a8-triton", full, 0.90, 0.8),
         ("w4a8-int8", full, 0.90, 1.0),
         ("w4a8-int8-gradient", low, 0.90, 1.1),
@@ -119,7 +120,7 @@ def _in_shape(shape: str, name: str, rate: float, *against: Against) -> Case:
 def _peqa(level: str, rate: float) -> tuple[Case, ...]:
     """``rate``: of QLoRA."""
     cases = [Case("qlora", "peqa_7b", rate, word=f"qlora:{level}")]
-    for kernels in ("auto", "triton"):
+    for kernels in ("auto", "plain"):
         for name, share, asked in (("peqa-row", 0.9, 1.05), ("peqa-g128", 0.55, 0.70)):
             name = f"{name}-{kernels}"
             against = (Against("qlora", asked, 1.0),)
@@ -131,7 +132,6 @@ LARGE = (
     Case("qlora", "shape_65b", 700, 30, 5 * 512, at_most=41),
     Case("peqa-row", "shape_65b", 700, 60, 5 * 512, at_most=38),
     Case("peqa-g128", "shape_65b", 500, 60, 5 * 512, at_most=41),
-    Case("peqa-g128-triton", "shape_65b", 500, 60, 5 * 512, at_most=41),
 )
 CONTEXT = tuple(
     Case(name, "context", rate, 8, 9 * 32768, against=() if name == "1k" else (Against("1k"),))

@@ -27,7 +27,6 @@ CASES: dict[str, Case] = {
     "qlora": partial(case, words=tuple(qlora_words())),
     "peqa-row": partial(case, words=PEQA),
     "peqa-g128": partial(case, words=G128),
-    "peqa-g128-triton": partial(case, words=(*G128, "method.kernels=triton")),
 }
 
 if __name__ == "__main__":

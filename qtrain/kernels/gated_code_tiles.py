@@ -1,6 +1,7 @@
 """SwiGLU and the codes of its rows in one pass: two reads and a byte written, where three kernels took five passes.
 
-The Triton twin of ``qtrain.kernels.gated_codes``; rows are read twice, the second time from a cache.
+The Triton twin of ``qtrain.kernels.gated_codes``. What a pass takes is its arithmetic: a root of e and two quotients a
+number, which a second look at a row would take twice.
 """
 
 # mypy: disallow-untyped-decorators=False, warn-unused-ignores=False
@@ -15,8 +16,10 @@ from qtrain.kernels.quantize_rows import STORAGE, _clamp, _round, _stored, _to
 from qtrain.numerics.affine import SMALLEST_FP32_SCALE, SMALLEST_SCALE
 from qtrain.numerics.spec import QuantSpec
 
-BLOCK = 4096
-"""Columns at a time."""
+LONGEST = 16384
+"""Columns at a time; a longer row is read twice, the second time from a cache."""
+BLOCK = 2048
+"""Columns at a time where scales are known."""
 
 
 def fits(gate: Tensor) -> bool:
@@ -30,21 +33,30 @@ def forward(spec: QuantSpec, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     rows, size = gate.shape
     q = torch.empty(rows, size, dtype=torch.int8, device=gate.device)
     scales = torch.empty(rows, dtype=torch.float32, device=gate.device)
-    _forward[(rows,)](gate, up, q, scales, size, **_constants(spec, size))
+    _forward[(rows,)](gate, up, q, scales, size, **_constants(spec, size, LONGEST))
     return q, scales
 
 
-def backward(spec: QuantSpec, gate: Tensor, up: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(fq(h), dL/dg, dL/du); fq(h) where a contiguous gradient lay."""
+def backward(
+    spec: QuantSpec, gate: Tensor, up: Tensor, gradient: Tensor, scales: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(fq(h), dL/dg, dL/du); fq(h) where a contiguous gradient lay.
+
+    Args:
+        scales: what ``forward`` gave: divisors too where they are kept in fp32, else they are found again.
+    """
     gate, up, gradient = gate.contiguous(), up.contiguous(), gradient.contiguous()
     rows, size = gate.shape
     d_gate, d_up = torch.empty_like(gate), torch.empty_like(gate)
-    _backward[(rows,)](gate, up, gradient, d_gate, d_up, size, **_constants(spec, size))
+    known = spec.scale_dtype == "fp32"
+    constants = _constants(spec, size, BLOCK if known else LONGEST)
+    parts = constants["STEPS"] if known else 1
+    _backward[(rows, parts)](gate, up, gradient, d_gate, d_up, scales, size, KNOWN=known, **constants)
     return gradient, d_gate, d_up
 
 
-def _constants(spec: QuantSpec, size: int) -> dict[str, float | int | bool]:
-    block = min(BLOCK, triton.next_power_of_2(size))
+def _constants(spec: QuantSpec, size: int, longest: int) -> dict[str, float | int | bool]:
+    block = min(longest, triton.next_power_of_2(size))
     return {
         "QUANT_MIN": spec.quant_min,
         "QUANT_MAX": spec.quant_max,
@@ -53,7 +65,7 @@ def _constants(spec: QuantSpec, size: int) -> dict[str, float | int | bool]:
         "STORAGE": STORAGE[spec.scale_dtype],
         "STEPS": triton.cdiv(size, block),
         "BLOCK": block,
-        "num_warps": 8 if block > 2048 else 4,
+        "num_warps": min(16, max(4, block // 1024)),
     }
 
 
@@ -64,7 +76,7 @@ def _opened(g, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _numbers(g_ptr, u_ptr, column, size):  # type: ignore[no-untyped-def]
-    """h, rounded as often as a consumer does."""
+    """h, rounded as often as a consumer rounds."""
     dtype: tl.constexpr = g_ptr.dtype.element_ty
     g = tl.load(g_ptr + column, mask=column < size, other=0.0).to(tl.float32)
     u = tl.load(u_ptr + column, mask=column < size, other=0.0).to(tl.float32)
@@ -84,12 +96,13 @@ def _row_scale(  # type: ignore[no-untyped-def]
 ):
     widest = tl.zeros([BLOCK], tl.float32)
     broken = tl.zeros([BLOCK], tl.int32)
+    h = widest
     for step in range(STEPS):
         h = _numbers(g_ptr, u_ptr, step * BLOCK + tl.arange(0, BLOCK), size)
         widest = tl.maximum(widest, tl.abs(h))
         broken |= (h != h).to(tl.int32)  # a maximum would hide a NaN
     scale = _stored(tl.math.div_rn(tl.max(widest, axis=0), REACH), SMALLEST, STORAGE)
-    return tl.where(tl.max(broken, axis=0) != 0, float("nan"), scale)
+    return tl.where(tl.max(broken, axis=0) != 0, float("nan"), scale), h
 
 
 @triton.jit
@@ -117,10 +130,12 @@ def _forward(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     g_ptr += row * size
     u_ptr += row * size
-    scale = _row_scale(g_ptr, u_ptr, size, REACH, SMALLEST, STORAGE, STEPS, BLOCK)
+    scale, h = _row_scale(g_ptr, u_ptr, size, REACH, SMALLEST, STORAGE, STEPS, BLOCK)
     for step in range(STEPS):
         column = step * BLOCK + tl.arange(0, BLOCK)
-        q = _levels(_numbers(g_ptr, u_ptr, column, size), scale, QUANT_MIN, QUANT_MAX, BLOCK)
+        if STEPS > 1:
+            h = _numbers(g_ptr, u_ptr, column, size)
+        q = _levels(h, scale, QUANT_MIN, QUANT_MAX, BLOCK)
         tl.store(q_ptr + row * size + column, q.to(tl.int8), mask=column < size)
     if STORAGE != 0:
         scale = _to(scale, g_ptr.dtype.element_ty).to(tl.float32)  # as a consumer of h's dtype reads it
@@ -134,7 +149,9 @@ def _backward(  # type: ignore[no-untyped-def]
     dh_ptr,
     dg_ptr,
     du_ptr,
+    scales_ptr,
     size,
+    KNOWN: tl.constexpr,
     QUANT_MIN: tl.constexpr,
     QUANT_MAX: tl.constexpr,
     REACH: tl.constexpr,
@@ -148,12 +165,12 @@ def _backward(  # type: ignore[no-untyped-def]
     g_ptr += row * size
     u_ptr += row * size
     dh_ptr += row * size
-    scale = _row_scale(g_ptr, u_ptr, size, REACH, SMALLEST, STORAGE, STEPS, BLOCK)
-    used = scale
-    if STORAGE != 0:
-        used = _to(scale, dtype).to(tl.float32)
-    for step in range(STEPS):
-        column = step * BLOCK + tl.arange(0, BLOCK)
+    used = tl.load(scales_ptr + row)
+    scale = used
+    if not KNOWN:
+        scale, _ = _row_scale(g_ptr, u_ptr, size, REACH, SMALLEST, STORAGE, STEPS, BLOCK)
+    for step in range(1 if KNOWN else STEPS):  # where they are known, each block has a program of its own
+        column = (tl.program_id(1) + step) * BLOCK + tl.arange(0, BLOCK)
         inside = column < size
         g = tl.load(g_ptr + column, mask=inside, other=0.0).to(tl.float32)
         u = tl.load(u_ptr + column, mask=inside, other=0.0).to(tl.float32)

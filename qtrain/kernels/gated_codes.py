@@ -27,10 +27,16 @@ def gated_codes(gate: Tensor, up: Tensor, key: str) -> tuple[Tensor, Tensor]:
     return codes(F.silu(gate).mul_(up), key)
 
 
-def gated_codes_backward(gate: Tensor, up: Tensor, gradient: Tensor, key: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(fq(h), dL/dg, dL/du) from dL/d fq(h), straight through; fq(h) may lie where the gradient lay."""
+def gated_codes_backward(
+    gate: Tensor, up: Tensor, gradient: Tensor, scales: Tensor, key: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(fq(h), dL/dg, dL/du) from dL/d fq(h), straight through; fq(h) may lie where the gradient lay.
+
+    Args:
+        scales: fp32 [rows], as ``gated_codes`` gave them.
+    """
     if _one_pass(gate, key):
-        return gated_code_tiles.backward(RULES[key].spec, gate, up, gradient)
+        return gated_code_tiles.backward(RULES[key].spec, gate, up, gradient, scales)
     opened = F.silu(gate)
     d_gate: Tensor = torch.ops.aten.silu_backward(gradient * up, gate)
     return numbers(*codes(opened * up, key), gate.dtype), d_gate, opened.mul_(gradient)

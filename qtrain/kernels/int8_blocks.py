@@ -106,20 +106,21 @@ class _Mlp(torch.autograd.Function):
         gate, up, down = _layers(tensors, options.keys)
         q, s = codes(x.detach(), options.x_key)
         opened, wide = _product(q, s, gate, x.dtype), _product(q, s, up, x.dtype)
-        ctx.save_for_backward(q, s, opened, wide, *tensors)
+        q_hidden, s_hidden = gated_codes(opened, wide, options.h_key)
+        ctx.save_for_backward(q, s, opened, wide, s_hidden, *tensors)
         ctx.options, ctx.shape, ctx.dtype = options, x.shape, x.dtype
-        return _product(*gated_codes(opened, wide, options.h_key), down, x.dtype).view(*x.shape[:-1], -1)
+        return _product(q_hidden, s_hidden, down, x.dtype).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        q, s, opened, wide, *tensors = ctx.saved_tensors
+        q, s, opened, wide, s_hidden, *tensors = ctx.saved_tensors
         forget_casts()
         options: _Options = ctx.options
         *first, down = _layers(tensors, options.keys)
         needs = ctx.needs_input_grad[2:]
         dy = [gradients[0].reshape(-1, gradients[0].shape[-1])]
         d_hidden = _input_gradient(dy, [down], options.in_bytes)
-        hidden, *d_opened = gated_codes_backward(opened, wide, d_hidden, options.h_key)
+        hidden, *d_opened = gated_codes_backward(opened, wide, d_hidden, s_hidden, options.h_key)
         del d_hidden
         found = [_layer_gradients(dy, [hidden], [down], needs[2::3])]
         del hidden

@@ -27,6 +27,8 @@ NUMBERS_A_WARP = 1024
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STORAGE = {"fp32": 0, "bf16": 1, "fp16": 2}
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
 
 class Launch(NamedTuple):
     """All that a launch is told besides its tensors.
@@ -146,7 +148,7 @@ def _constants(spec: QuantSpec) -> dict[str, float | int | bool]:
 @triton.jit
 def _to(x, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
     """fp32 to ``dtype``, ties to even: the interpreter cuts off what bf16 has no room for."""
-    if dtype == tl.bfloat16:
+    if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
         x = bits.to(tl.float32, bitcast=True)

@@ -85,9 +85,9 @@ def test_less_is_kept_for_the_backward(decoder: Decoder) -> None:
     model = prepared(decoder("llama"))
     before = kept(model)
     fuse_int8(model, nullcontext)
-    # Of each layer and token: silu(g) in fp32, and down's codes with their scale.
+    # Of each layer and token: silu(g) in fp32, and down's codes.
     wide = model.config.intermediate_size
-    assert before - kept(model) == 2 * IDS.numel() * (4 * wide + wide + 4)
+    assert before - kept(model) == 2 * IDS.numel() * (4 * wide + wide)
 
 
 def test_without_gradients_watched_or_in_evaluation_layers_run_alone(decoder: Decoder) -> None:
