@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -50,7 +51,7 @@ def fit_command(words: Sequence[str], asked: argparse.Namespace, flops_per_token
     Raises:
         NotHere: the command refused, with its own words.
     """
-    directory = asked.work / f"run-{asked.case}"
+    directory = asked.work / f"run-{asked.case}-{os.getpid()}"  # rows beside this one have cases of this name too
     words = [*words, f"run.dir={directory}", "run.overwrite=true"]
     print("$ qtrain fit", *words, file=sys.stderr, flush=True)
     shown, errors = _Twice(sys.stderr), _Twice(sys.stderr)

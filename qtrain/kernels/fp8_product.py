@@ -31,7 +31,7 @@ class Fp8Rows(NamedTuple):
 
 
 def fp8_rows(x: Tensor, factor: Tensor | None = None) -> Fp8Rows:
-    """q = e4m3(x / s), s = max|x| / 448 of each row [rows, n]; of x * factor where a factor [n] of columns is given."""
+    """q = e4m3(x (1 / s)), s = max|x| / 448 of each row of x [rows, n], or of x * factor [n]."""
     if fp8_tiles is not None and x.is_cuda and x.numel():
         return Fp8Rows(*fp8_tiles.fp8_rows(x, factor))
     return plain_fp8_rows(x, factor)
@@ -44,7 +44,8 @@ def plain_fp8_rows(x: Tensor, factor: Tensor | None = None) -> Fp8Rows:
         numbers = numbers * factor
     largest = torch.full((), LARGEST, device=x.device)  # a tensor: a GPU multiplies by 1 / n for a Python number n
     scale = (numbers.abs().amax(dim=1, keepdim=True) / largest).clamp(min=SMALLEST)
-    return Fp8Rows((numbers / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scale)
+    inverse = torch.ones_like(scale) / scale  # of two tensors: a quotient, on a GPU too
+    return Fp8Rows((numbers * inverse).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scale)
 
 
 def fp8_matmul(a: Fp8Rows, b: Fp8Rows, dtype: torch.dtype) -> Tensor:

@@ -71,7 +71,7 @@ def test_products_of_these_numbers(shape: tuple[int, int, int]) -> None:
 
 @tiles
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("columns", [1, 24, 300, 5000])
+@pytest.mark.parametrize("columns", [1, 24, 300, 5000, 16400])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_the_tiles_are_the_twin(columns: int, scaled: bool, dtype: torch.dtype) -> None:
     assert kernel.fp8_tiles is not None

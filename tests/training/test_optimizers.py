@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import bitsandbytes as bnb
@@ -14,6 +16,8 @@ from hypothesis import strategies as st
 
 from qtrain.config.schema import OptimizerSection
 from qtrain.errors import ConfigError
+from qtrain.training import bnb_optimizers
+from qtrain.training.bnb_optimizers import arguments
 from qtrain.training.optimizers import build_optimizer, build_schedule, lr_factor, state_bytes
 
 
@@ -151,6 +155,58 @@ def test_bitsandbytes_steps_without_a_wait_after_each_parameter(
         assert waited  # theirs does, and does again: nothing stays patched
         waited.clear()
     assert torch.equal(ours[0]["params"][0], theirs[0]["params"][0])
+
+
+def test_a_kernel_of_8_bits_is_given_what_bitsandbytes_gives_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU the two ways are compared by the arguments of the kernel, which is not called."""
+    if not hasattr(torch._C, "_cuda_getCurrentRawStream"):  # a build of torch for CPUs
+        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
+    ops = importlib.import_module("bitsandbytes.backends.cuda.ops")
+    called: list[tuple[Any, ...]] = []
+    monkeypatch.setitem(ops.str2optimizer8bit_blockwise, "adam", [lambda *given: called.append(given)] * 3)
+    monkeypatch.setattr(ops, "_cuda_device_of", lambda tensor: nullcontext())
+    section = OptimizerSection.model_validate({"name": "adamw_8bit", "lr": 3e-3, "weight_decay": 0.1})
+    groups = parameters()
+    optimizer = build_optimizer(groups, section)
+    (weight,) = groups[0]["params"]
+    weight.grad = torch.randn_like(weight)
+    optimizer.step()  # there is a state now
+    group, state = optimizer.param_groups[0], optimizer.state[weight]
+    ops._optimizer_update_8bit_blockwise_impl(
+        *("adam", weight.grad, weight, state["state1"], state["state2"], *group["betas"], 0.0, 0.0, group["eps"]),
+        *(state["step"], group["lr"], state["qmap1"], state["qmap2"], state["absmax1"], state["absmax2"]),
+        *(group["weight_decay"], 1.0, False),
+    )
+    found = arguments(weight, state, group, skip_zeros=False)
+    (wanted,) = called
+    assert [(type(one), one.value) for one in found] == [(type(one), one.value) for one in wanted]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit"])
+@pytest.mark.parametrize("roomy", [True, False])
+def test_on_a_gpu_the_short_way_takes_the_same_steps(name: str, roomy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bnb_optimizers, "ROOM", -1.0 if roomy else 2.0)
+    section = OptimizerSection.model_validate({"name": name, "lr": 1e-2, "weight_decay": 0.1})
+    shapes = ((512, 512), (70, 100), (300,))
+
+    def made() -> list[torch.nn.Parameter]:
+        torch.manual_seed(0)
+        return [torch.nn.Parameter(torch.randn(shape, device="cuda")) for shape in shapes]
+
+    ours, theirs = made(), made()
+    optimizer = build_optimizer([{"params": ours}], section)
+    cls = {"adamw_8bit": bnb.optim.AdamW8bit, "paged_adamw_8bit": bnb.optim.PagedAdamW8bit}[name]
+    judge = cls(theirs, lr=1e-2, betas=section.betas, eps=section.eps, weight_decay=0.1)
+    for step in range(4):
+        for parameter, twin in zip(ours, theirs, strict=True):
+            torch.manual_seed(step)
+            parameter.grad = torch.randn_like(parameter)
+            twin.grad = parameter.grad.clone()
+        optimizer.step()
+        judge.step()
+    assert all(torch.equal(parameter, twin) for parameter, twin in zip(ours, theirs, strict=True))
+    assert optimizer.state_dict()["state"][0]["step"] == 4
 
 
 def test_groups_keep_their_own_rates_under_one_schedule() -> None:
