@@ -85,7 +85,9 @@ def lora_mlp(
     factors = (*(linear.a for linear in linears), *(linear.b for linear in linears))
     seeds = _draw(compute.dropout), _draw(compute.dropout)
     with torch.autocast(x.device.type, enabled=False):
-        y: Tensor = _Mlp.apply(x, frozen, scalings, activation, compute, seeds, *factors)  # type: ignore[no-untyped-call]
+        h, low, passed = _Opened.apply(x, frozen, scalings, activation, compute, seeds, *factors)  # type: ignore[no-untyped-call]
+        b = factors[-1].detach()
+        y: Tensor = _Down.apply(h, low, passed, frozen[2], b, scalings[2], compute, x.shape)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -105,7 +107,7 @@ class _Products(torch.autograd.Function):
         ys, low = part.forward(rows)
         ctx.save_for_backward(rows, low, *factors)
         ctx.part, ctx.compute, ctx.shape, ctx.dtype = part.without_factors(), compute, x.shape, x.dtype
-        return tuple(_shaped(y, x, compute) for y in ys)
+        return tuple(_shaped(y, x.shape, compute) for y in ys)
 
     @staticmethod
     @once_differentiable
@@ -119,7 +121,13 @@ class _Products(torch.autograd.Function):
         return _as_given(d_rows, ctx), None, None, None, None, *d_factors
 
 
-class _Mlp(torch.autograd.Function):
+class _Opened(torch.autograd.Function):
+    """(h, low of down, nothing [rows, out]) of x, h = f(gate) * up: all of a gated MLP but its last product.
+
+    All that is kept is kept here, so that recomputation, which ends with the last of it, never comes to that product,
+    a fifth of a Llama layer's. Its backward hands dY on as the gradient of the nothing.
+    """
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -130,17 +138,20 @@ class _Mlp(torch.autograd.Function):
         compute: Compute,
         seeds: tuple[int, int],
         *factors: Tensor,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         a, b = _halves(factors)
         first = _Part(frozen[:2], scalings[:2], _Dropout(compute.dropout, seeds[0]), a[:2], b[:2])
         second = _Part(frozen[2:], scalings[2:], _Dropout(compute.dropout, seeds[1]), a[2:], b[2:])
         rows = x.reshape(-1, x.shape[-1]).to(compute.dtype)
         (gate, up), low = first.forward(rows)
-        (y,), low_down = second.forward(gated(activation, gate, up))
+        h = gated(activation, gate, up)
+        low_down = second.low(h)
         ctx.save_for_backward(rows, gate, up, low, low_down, *factors)
         ctx.parts, ctx.activation = (first.without_factors(), second.without_factors()), activation
         ctx.compute, ctx.shape, ctx.dtype = compute, x.shape, x.dtype
-        return _shaped(y, x, compute)
+        ctx.mark_non_differentiable(low_down)
+        ctx.set_materialize_grads(False)
+        return h, low_down, rows.new_zeros(()).expand(len(rows), len(b[2]))
 
     @staticmethod
     @once_differentiable
@@ -149,17 +160,44 @@ class _Mlp(torch.autograd.Function):
         a, b = _halves(factors)
         first, second = ctx.parts[0].with_factors(a[:2], b[:2]), ctx.parts[1].with_factors(a[2:], b[2:])
         needs = ctx.needs_input_grad[6:]
-        dy = [gradients[0].reshape(-1, gradients[0].shape[-1]).to(ctx.compute.dtype)]
+        d_hidden, _, *dy = gradients
         d_low_down, mask = second.low_gradient(dy), second.dropout.mask(gate)
-        h, *d_opened = gated_backward(ctx.activation, gate, up, second.input_gradient(dy, d_low_down, mask))
+        d_hidden = second.through_adapters(d_hidden, d_low_down, mask)
+        h, *d_opened = gated_backward(ctx.activation, gate, up, d_hidden)
         d_a_down, d_b_down = second.factor_gradients(h, low_down, d_low_down, dy, mask, (needs[2], needs[5]))
-        del h, mask
+        del h, mask, d_hidden
         d_low, mask = first.low_gradient(d_opened), first.dropout.mask(rows)
         d_rows = first.input_gradient(d_opened, d_low, mask) if ctx.needs_input_grad[0] else None
         wanted = (*needs[:2], *needs[3:5])
         d_a_gate, d_a_up, d_b_gate, d_b_up = first.factor_gradients(rows, low, d_low, d_opened, mask, wanted)
         d_factors = (d_a_gate, d_a_up, d_a_down, d_b_gate, d_b_up, d_b_down)
         return _as_given(d_rows, ctx), None, None, None, None, None, *d_factors
+
+
+class _Down(torch.autograd.Function):
+    """y = h W^T + b + s low B^T, and nothing kept; what the adapter's gradients take is ``_Opened``'s."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h: Tensor,
+        low: Tensor,
+        passed: Tensor,
+        frozen: FrozenWeight,
+        b: Tensor,
+        scaling: float,
+        compute: Compute,
+        shape: torch.Size,
+    ) -> Tensor:
+        ctx.frozen, ctx.dtype = frozen, compute.dtype
+        y = frozen.product(h).addmm_(low, b.to(h.dtype).t(), alpha=scaling)
+        return _shaped(y, shape, compute)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        dy = gradients[0].reshape(-1, gradients[0].shape[-1]).to(ctx.dtype)
+        return ctx.frozen.input_gradient(dy), None, dy, None, None, None, None, None
 
 
 class _Dropout(NamedTuple):
@@ -199,14 +237,18 @@ class _Part(NamedTuple):
 
     def forward(self, rows: Tensor) -> tuple[list[Tensor], Tensor]:
         """y of each linear, and low."""
-        mask = self.dropout.mask(rows)
-        seen = rows if mask is None else mask.mul_(rows)
-        low = _product(seen, self._stacked(rows.dtype).t(), self.dropout.gain)
+        low = self.low(rows)
         ys = []
         for frozen, own, b, scaling in zip(self.frozen, self._split(low), self.b, self.scalings, strict=True):
             y = frozen.product(rows)
             ys.append(y.addmm_(own, b.to(rows.dtype).t(), alpha=scaling))
         return ys, low
+
+    def low(self, rows: Tensor) -> Tensor:
+        """(m x) A^T / (1 - p) of all linears."""
+        mask = self.dropout.mask(rows)
+        seen = rows if mask is None else mask.mul_(rows)
+        return _product(seen, self._stacked(rows.dtype).t(), self.dropout.gain)
 
     def low_gradient(self, dys: Sequence[Tensor]) -> Tensor:
         """dL/d low."""
@@ -217,10 +259,14 @@ class _Part(NamedTuple):
 
     def input_gradient(self, dys: Sequence[Tensor], d_low: Tensor, mask: Tensor | None) -> Tensor:
         """dL/dx: through the frozen weights, then through the adapters."""
-        dtype = d_low.dtype
         d_rows = self.frozen[0].input_gradient(dys[0])
         for dy, frozen in zip(dys[1:], self.frozen[1:], strict=True):
             d_rows = frozen.input_gradient(dy, d_rows)
+        return self.through_adapters(d_rows, d_low, mask)
+
+    def through_adapters(self, d_rows: Tensor, d_low: Tensor, mask: Tensor | None) -> Tensor:
+        """``d_rows``, to which the adapters' part of dL/dx is added."""
+        dtype = d_low.dtype
         if mask is None:
             return d_rows.addmm_(d_low, self._stacked(dtype))
         return d_rows.addcmul_(mask, _product(d_low, self._stacked(dtype), self.dropout.gain))
@@ -275,9 +321,9 @@ def _halves(factors: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor
     return tuple(factors[:count]), tuple(factors[count:])
 
 
-def _shaped(y: Tensor, x: Tensor, compute: Compute) -> Tensor:
-    """[.., out], not as a view: one made without gradients could not be written to later."""
-    shaped: Tensor = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
+def _shaped(y: Tensor, shape: torch.Size, compute: Compute) -> Tensor:
+    """[.., out] of x [.., in], not as a view: one made without gradients could not be written to later."""
+    shaped: Tensor = torch.ops.aten._unsafe_view(y, [*shape[:-1], y.shape[-1]])
     return shaped.to(compute.result)
 
 

@@ -19,13 +19,14 @@ from transformers import PreTrainedModel
 
 from qtrain.modules import fused_blocks
 from qtrain.modules.frozen_linear import quantize_base
-from qtrain.modules.frozen_weight import Workspace
+from qtrain.modules.frozen_weight import FourBit, Workspace
 from qtrain.modules.fused_blocks import fuse_blocks
 from qtrain.modules.fused_layers import GatedMlp
 from qtrain.modules.packed_linear import PackedLinear
 from qtrain.modules.record import LinearRecord
 from qtrain.numerics.affine import choose_qparams, quantize
 from qtrain.numerics.spec import QuantSpec
+from qtrain.training.recompute import Recompute
 
 CPU = torch.device("cpu")
 BASES = ["nf4", "fp4", "int8", "packed", "none"]
@@ -252,6 +253,28 @@ def test_recomputation_changes_nothing(level: bool, decoder: Decoder) -> None:
         torch.manual_seed(4)
         found.append(step(model))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_recomputation_ends_before_the_product_that_nothing_reads(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted(decoder("llama"), "nf4")
+    fuse_blocks(plain(model), context_of(torch.float32), "auto")
+    multiplied: list[int] = []
+    product = FourBit.product
+
+    def counted(weight: FourBit, x: Tensor) -> Tensor:
+        multiplied.append(x.shape[-1])
+        return product(weight, x)
+
+    monkeypatch.setattr(FourBit, "product", counted)
+    wide = plain(model).config.intermediate_size
+    step(model)
+    assert len(multiplied) == 2 * 7 and multiplied.count(wide) == 2
+    multiplied.clear()
+    Recompute(plain(model)).set("full")
+    step(model)
+    assert len(multiplied) == 2 * (7 + 6) and multiplied.count(wide) == 2  # down: once in each layer
 
 
 def test_dropout_drops_in_training_alone_and_says_that_masks_are_shared(decoder: Decoder) -> None:
