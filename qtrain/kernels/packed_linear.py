@@ -87,7 +87,7 @@ class _Product(torch.autograd.Function):
     ) -> Tensor:
         y = F.linear(x, packed_weight(packed, scale, zero_point, x.dtype), bias)
         _, trains_scale, trains_zero, _, _ = ctx.needs_input_grad
-        from_outputs = scale.shape[1] == 1 and not trains_zero and packed.outlier_index is None
+        from_outputs = reads_outputs(packed, scale, trains_zero=trains_zero)
         kept = None if not (trains_scale or trains_zero) else y if from_outputs else x
         ctx.save_for_backward(kept, scale, zero_point, bias)
         ctx.packed, ctx.from_outputs = packed, from_outputs
@@ -99,16 +99,34 @@ class _Product(torch.autograd.Function):
         dx = dscale = dzero = None
         if ctx.needs_input_grad[0]:
             dx = dy @ packed_weight(ctx.packed, scale, zero_point, dy.dtype)
-        if kept is not None and ctx.from_outputs:
-            rows = dy.flatten(0, -2), kept.flatten(0, -2)
-            dscale = _from_outputs(
-                *rows, bias, round_scale(scale, ctx.packed.spec), tiled=_tiled(ctx.packed, dy, dy.dtype)
-            )
-        elif kept is not None:
-            rows = dy.flatten(0, -2), kept.flatten(0, -2)
-            dscale, dzero = _from_weight_gradient(*rows, ctx.packed, scale, zero_point, ctx.needs_input_grad[2])
+        if kept is not None:
+            trains_zero = ctx.needs_input_grad[2]
+            dscale, dzero = range_gradients(dy, kept, ctx.packed, scale, zero_point, bias, trains_zero=trains_zero)
         dbias = dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[4] else None
         return dx, dscale, dzero, None, dbias
+
+
+def reads_outputs(packed: Packed, scale: Tensor, *, trains_zero: bool) -> bool:
+    """Whether the scale's gradient is read off the product's output, not off its input."""
+    return scale.shape[1] == 1 and not trains_zero and packed.outlier_index is None
+
+
+def range_gradients(
+    dy: Tensor,
+    kept: Tensor,
+    packed: Packed,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    *,
+    trains_zero: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of scale and zero point [out, groups] from dY and what ``reads_outputs`` says: Y or X."""
+    rows = dy.flatten(0, -2), kept.flatten(0, -2)
+    if reads_outputs(packed, scale, trains_zero=trains_zero):
+        stored = round_scale(scale, packed.spec)
+        return _from_outputs(*rows, bias, stored, tiled=_tiled(packed, dy, dy.dtype)), None
+    return _from_weight_gradient(*rows, packed, scale, zero_point, trains_zero)
 
 
 def _from_outputs(dy: Tensor, y: Tensor, bias: Tensor | None, scale: Tensor, *, tiled: bool) -> Tensor:

@@ -8,14 +8,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from qtrain.kernels.int8_blocks import ByteLinear, int8_mlp, int8_products
 from qtrain.kernels.int8_linear import lacks_int8_product
-from qtrain.modules.block_proof import TOLERANCES, near
+from qtrain.modules.block_parts import WATCHED, exchanged, gated_names, in_training, why_not_equal
 from qtrain.modules.eval_mode import eval_mode
 from qtrain.modules.fused_layers import watched
 from qtrain.modules.quant_linear import QuantLinear
@@ -86,7 +84,7 @@ class SharedBytes:
 
     def outputs(self, x: Tensor) -> tuple[Tensor, ...] | None:
         """Of all by the block; None where it does not run."""
-        if _exchanged(self.parent, self.names, self.layers) or _not_ready(self.layers):
+        if exchanged(self.parent, self.names, self.layers, QuantLinear) or _not_ready(self.layers):
             return None
         quantizer, first = self.layers[0].input_quantizer, self.layers[0]
         assert quantizer is not None
@@ -112,7 +110,7 @@ class _Turn:
     index: int
 
     def __call__(self, x: Tensor) -> Tensor:
-        y = self.block.output(self.index, x) if _in_training() else None
+        y = self.block.output(self.index, x) if in_training() else None
         layer = self.block.layers[self.index]
         return type(layer).forward(layer, x) if y is None else y  # after ``convert`` it is a plain one
 
@@ -142,7 +140,7 @@ class GatedBytes:
         object.__setattr__(self.mlp, "forward", self)
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        ys = self.outputs(x) if not args and not kwargs and _in_training() else None
+        ys = self.outputs(x) if not args and not kwargs and in_training() else None
         return self.forward(x, *args, **kwargs) if ys is None else ys[0]
 
     def alone(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -151,7 +149,9 @@ class GatedBytes:
 
     def outputs(self, x: Tensor) -> tuple[Tensor, ...] | None:
         """By the block; None where it does not run."""
-        if _exchanged(self.mlp, self.names, self.layers) or any(watched(child) for child in self.mlp.children()):
+        if exchanged(self.mlp, self.names, self.layers, QuantLinear) or any(
+            watched(child) for child in self.mlp.children()
+        ):
             return None
         gate, up, down = self.layers
         if _not_ready([gate, up]) or _not_ready([down]):
@@ -174,57 +174,20 @@ Block = SharedBytes | GatedBytes
 def _candidates(parent: nn.Module, groups: Sequence[list[tuple[str, Tensor]]]) -> list[tuple[Block, Tensor]]:
     """Blocks of a module, with an input: a gated MLP as a whole, or else its layers that share one."""
     layers = {name: layer for name, layer in parent.named_children() if isinstance(layer, QuantLinear)}
-    by_size = sorted(groups, key=lambda group: -len(group))
-    rest = [child for child in parent.children() if not isinstance(child, QuantLinear)]
-    # liger-kernel's MLP has no module for its activation.
-    if [len(group) for group in by_size] == [2, 1] and len(rest) < 2 and all(map(_is_silu, rest)):
-        (one, x), (other, _), (last, _) = (*by_size[0], *by_size[1])
-        # Which of the two is opened is what the names say; the comparison tells whether they do.
-        pair = sorted((one, other), key=lambda name: "gate" not in name)
-        names = [*pair, last]
+    names = gated_names(parent, groups, QuantLinear)
+    if names is not None:
+        x = next(x for group in groups for name, x in group if name == names[0])
         return [(GatedBytes(parent, names, [layers[name] for name in names], parent.forward), x)]
     shared = [([name for name, _ in group], group[0][1]) for group in groups if len(group) > 1]
     return [(SharedBytes(parent, names, [layers[name] for name in names]), x) for names, x in shared]
-
-
-def _is_silu(act: nn.Module) -> bool:
-    x = torch.linspace(-30, 30, 241, device="cpu")
-    if next(act.parameters(), None) is not None:
-        return False
-    with torch.no_grad():
-        return torch.equal(act(x), F.silu(x))
 
 
 def _why_not(block: Block, like: Tensor, context: Context) -> str | None:
     """What keeps a block from being its layers but for rounding, in words."""
     if why := _not_ready(block.layers[:2]):
         return why
-    x = torch.randn(like.shape, generator=torch.Generator().manual_seed(0), device="cpu").to(like.device, like.dtype)
-    wanted = _outcome(block.alone, block.layers, x, context)
-    try:
-        found = _outcome(block.outputs, block.layers, x, context)
-    except Exception as error:  # a compiler that is not there, a chip a kernel does not fit: anything
-        return f"kernels that do not run here ({type(error).__name__}: {' '.join(str(error).split())[:80]})"
-    if wanted is None or found is None:
-        return _not_ready(block.layers[-1:]) or "a hook watches"
-    tolerance = TOLERANCES[torch.bfloat16 if wanted[0].dtype == torch.bfloat16 else torch.float32]
-    equal = all(near(*pair, tolerance) for pair in zip(found, wanted, strict=True))
-    return None if equal else "results that differ from a block's"
-
-
-def _outcome(
-    run: Callable[[Tensor], tuple[Tensor, ...] | None], layers: Sequence[QuantLinear], x: Tensor, context: Context
-) -> list[Tensor] | None:
-    """Outputs, and gradients of x and of the weights."""
-    x = x.clone().requires_grad_()
-    with torch.enable_grad(), context():
-        ys = run(x)
-    if ys is None:
-        return None
-    generator = torch.Generator().manual_seed(1)
-    upper = [torch.randn(y.shape, generator=generator, device="cpu").to(y.device, y.dtype) for y in ys]
-    weights = [layer.weight for layer in layers if layer.weight.requires_grad]
-    return [*ys, *torch.autograd.grad(ys, (x, *weights), upper)]
+    why = why_not_equal(block.alone, block.outputs, [layer.weight for layer in block.layers], like, context)
+    return _not_ready(block.layers[-1:]) or why if why == WATCHED else why
 
 
 def _not_ready(layers: Sequence[QuantLinear]) -> str | None:
@@ -233,7 +196,7 @@ def _not_ready(layers: Sequence[QuantLinear]) -> str | None:
     if any(layer.kernels != "int8" for layer in layers):
         return "method.kernels is not int8"
     if any(watched(layer) for layer in layers):
-        return "a hook watches"
+        return WATCHED
     if any(layer.lora_A is not None for layer in layers):
         return "adapters inside"
     for (for_weight, for_input), layer in zip(rules, layers, strict=True):
@@ -245,12 +208,6 @@ def _not_ready(layers: Sequence[QuantLinear]) -> str | None:
     return None if len(keys) == 1 else "inputs of one are quantized otherwise"
 
 
-def _exchanged(parent: nn.Module, names: Sequence[str], layers: Sequence[QuantLinear]) -> bool:
-    """Whether other modules stand there by now, or the same of another class, as after ``convert``."""
-    there = (parent._modules.get(name) for name in names)
-    return any(one is not own or not isinstance(own, QuantLinear) for one, own in zip(there, layers, strict=True))
-
-
 def _ready(quantizer: Quantizer | None) -> bool:
     return quantizer is not None and quantizer.ready
 
@@ -260,7 +217,3 @@ def _linear(layer: QuantLinear) -> ByteLinear:
     assert quantizer is not None
     scale, _ = quantizer.range_tensors()
     return ByteLinear(layer.weight, scale, layer.bias, quantizer.rule.key)
-
-
-def _in_training() -> bool:
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()

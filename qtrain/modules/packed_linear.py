@@ -98,7 +98,11 @@ class PackedLinear(nn.Linear):
             if torch.is_autocast_enabled(input.device.type):  # levels of the dtype that is multiplied
                 input = input.to(torch.get_autocast_dtype(input.device.type))
             input = self.input_quantizer(input)
-        return packed_linear(input, self.packed, self.scale, self._zero_points(), self.bias)
+        return packed_linear(input, *self.product_arguments())
+
+    def product_arguments(self) -> tuple[Packed, Tensor, Tensor | None, Tensor | None]:
+        """Codes, scale, zero point and bias, as the product takes them."""
+        return self.packed, self.scale, self._zero_points(), self.bias
 
     @property
     def packed(self) -> Packed:

@@ -10,11 +10,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qtrain.files import atomic_directory
-from qtrain.methods.method import Progress, Text
+from qtrain.methods.method import Context, Progress, Text
 from qtrain.methods.packed.method import PackedMethod
 from qtrain.methods.peqa.config import PeqaOptions
 from qtrain.methods.streamed import RunFiles
 from qtrain.models.quantized.header import read_header
+from qtrain.modules.fused_packed import fuse_packed
 from qtrain.modules.packed_identity import packed_layers
 from qtrain.modules.scales import Scales, check_fit, load_scales, save_scales, switch
 
@@ -46,6 +47,10 @@ class Peqa(PackedMethod[PeqaOptions]):
         for layer in packed_layers(packed).values():
             layer.train_ranges(zero_points=self.options.zero_points)
         return packed
+
+    def fuse(self, model: nn.Module, context: Context) -> str:
+        """Gated MLPs, which keep less."""
+        return fuse_packed(self.plain_model(model), context)
 
     def parameter_groups(self, model: nn.Module, lr: float) -> list[dict[str, Any]]:
         """Scales, and zero points with their own rate; both without weight decay, which would pull scales to 0."""
