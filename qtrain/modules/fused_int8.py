@@ -19,6 +19,7 @@ from qtrain.modules.fused_layers import watched
 from qtrain.modules.quant_linear import QuantLinear
 from qtrain.modules.quantizer import Quantizer
 from qtrain.modules.shared_inputs import PROBE_TOKENS, by_parent, inputs_of
+from qtrain.modules.shared_outputs import SharedOutputs
 
 Context = Callable[[], AbstractContextManager[Any]]
 
@@ -63,9 +64,7 @@ class SharedBytes:
     parent: nn.Module
     names: list[str]
     layers: list[QuantLinear]
-    _input: Tensor | None = field(default=None, repr=False)
-    _version: int = 0
-    _outputs: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    _shared: SharedOutputs = field(default_factory=SharedOutputs, repr=False)
 
     @property
     def label(self) -> str:
@@ -93,15 +92,7 @@ class SharedBytes:
 
     def output(self, index: int, x: Tensor) -> Tensor | None:
         """Of one of the layers; None where the block does not run."""
-        if self._input is not x or self._version != x._version or index not in self._outputs:
-            ys = self.outputs(x)
-            if ys is None:
-                return None
-            self._input, self._version, self._outputs = x, x._version, dict(enumerate(ys))
-        y = self._outputs.pop(index)
-        if not self._outputs:
-            self._input = None
-        return y
+        return self._shared.take(index, x, self.outputs)
 
 
 @dataclass

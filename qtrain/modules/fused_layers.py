@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from qtrain.kernels.gated import Activation
 from qtrain.kernels.lora_product import Compute, FrozenWeight, LoraLinear, lora_mlp, lora_products
+from qtrain.modules.shared_outputs import SharedOutputs
 
 Forward = Callable[..., Any]
 
@@ -84,9 +85,7 @@ class SharedInput:
     """Linears of one module that are given the same tensor: the first of them that is called computes for all."""
 
     members: list[Member]
-    _input: Tensor | None = field(default=None, repr=False)
-    _version: int = 0
-    _outputs: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    _shared: SharedOutputs = field(default_factory=SharedOutputs, repr=False)
 
     def install(self) -> None:
         """Take the place of the layers' forwards."""
@@ -95,15 +94,7 @@ class SharedInput:
 
     def output(self, index: int, x: Tensor) -> Tensor | None:
         """Of one of the linears; None where the block does not run."""
-        if self._input is not x or self._version != x._version or index not in self._outputs:
-            ys = self.outputs(x)
-            if ys is None:
-                return None
-            self._input, self._version, self._outputs = x, x._version, dict(enumerate(ys))
-        y = self._outputs.pop(index)
-        if not self._outputs:
-            self._input = None
-        return y
+        return self._shared.take(index, x, self.outputs)
 
     def alone(self, x: Tensor) -> tuple[Tensor, ...]:
         """Of each by PEFT's forward."""

@@ -105,6 +105,13 @@ def adam_kernels() -> Kernels | None:
     return dict(zip((torch.float32, torch.float16, torch.bfloat16), str2optimizer8bit_blockwise["adam"], strict=True))
 
 
+def detour_words(name: str, device: torch.device) -> str:
+    """``, launched by bitsandbytes' own loop: ...`` where the short way is not taken on a GPU; else nothing."""
+    if "adamw_8bit" not in name or device.type != "cuda" or adam_kernels() is not None:
+        return ""
+    return f", launched by bitsandbytes' own loop: {version('bitsandbytes')} is not {KNOWN}x for CUDA"
+
+
 def arguments(p: Tensor, state: Mapping[str, Any], group: Mapping[str, Any], *, skip_zeros: bool) -> tuple[Any, ...]:
     """What the kernel of 8-bit AdamW in blocks takes, in its order."""
     assert p.grad is not None

@@ -30,6 +30,7 @@ from qtrain.modules.block_chain import BlockError
 from qtrain.modules.calibrate import start_weights
 from qtrain.report.write import write_report
 from qtrain.training import processes
+from qtrain.training.bnb_optimizers import detour_words
 from qtrain.training.first_batch import AtFirstBatch
 from qtrain.training.lineage import log_trained, use_base
 from qtrain.training.module import LanguageModule
@@ -119,7 +120,8 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
     trainer.loggers = loggers(config, run.path, step, own.get("row"))
     use_base(config, trainer.loggers, config.model.path, module.base_fingerprint)
     state = state_bytes((p for p in module.model.parameters() if p.requires_grad), config.optimizer)
-    facts = [f"optimizer   {config.optimizer.name}, {state / 1e6:,.1f} MB of state"]
+    detour = detour_words(config.optimizer.name, trainer.strategy.root_device)
+    facts = [f"optimizer   {config.optimizer.name}, {state / 1e6:,.1f} MB of state{detour}"]
     facts += [f"loss        {module.loss_path}", f"layers      {module.fused}", f"recompute   {module.recompute}"]
     facts.append(products(trainer))
     if module.loading is not None:

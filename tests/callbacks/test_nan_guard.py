@@ -149,7 +149,10 @@ def test_large_but_finite_gradients_pass() -> None:
         def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
             return self.layers(batch).mean() * 1e25
 
-    fit(Large(four()), max_steps=1)
+    model = Large(four())
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    fit(model, max_steps=1)
+    assert any(not torch.equal(own, parameter) for own, parameter in zip(before, model.parameters(), strict=True))
 
 
 def test_a_gradient_outside_the_module_is_told_so() -> None:

@@ -182,6 +182,15 @@ def test_a_kernel_of_8_bits_is_given_what_bitsandbytes_gives_it(monkeypatch: pyt
     assert [(type(one), one.value) for one in found] == [(type(one), one.value) for one in wanted]
 
 
+def test_a_detour_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(bnb_optimizers, "adam_kernels", lambda: None)
+    assert "bitsandbytes' own loop" in bnb_optimizers.detour_words("paged_adamw_8bit", gpu)
+    assert bnb_optimizers.detour_words("paged_adamw_8bit", cpu) == bnb_optimizers.detour_words("adamw", gpu) == ""
+    monkeypatch.setattr(bnb_optimizers, "adam_kernels", dict)
+    assert bnb_optimizers.detour_words("adamw_8bit", gpu) == ""
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit"])
 @pytest.mark.parametrize("roomy", [True, False])
