@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qtrain.kernels.quantize_rows import STORAGE, _clamp, _round, _stored, _to
+from qtrain.kernels.quantize_rows import STORAGE, _clamp, _code, _has_quotient, _quotient, _round, _stored, _to
 from qtrain.numerics.affine import SMALLEST_FP32_SCALE, SMALLEST_SCALE
 from qtrain.numerics.rules import RULES, Rule
 
@@ -103,21 +103,23 @@ def _codes(  # type: ignore[no-untyped-def]
     x = tl.zeros([BLOCK], tl.float32)
     if DYNAMIC:
         widest = tl.zeros([BLOCK], tl.float32)
-        broken = tl.zeros([BLOCK], tl.int32)
         for step in range(STEPS):
             x = _numbers(x_ptr + place, factor_ptr, step * BLOCK + columns, size, FACTOR)
-            widest = tl.maximum(widest, tl.abs(x))
-            broken |= (x != x).to(tl.int32)  # a maximum would hide a NaN
+            widest = tl.maximum(widest, tl.abs(x), propagate_nan=tl.PropagateNan.ALL)
         scale = _stored(tl.math.div_rn(tl.max(widest, axis=0), REACH), SMALLEST, STORAGE)
-        scale = tl.where(tl.max(broken, axis=0) != 0, float("nan"), scale)
+        total = tl.sum(widest, axis=0)  # a maximum over threads would hide a NaN
+        scale = tl.where(total != total, float("nan"), scale)
     else:
         scale = _stored(tl.load(scale_ptr + row).to(tl.float32), SMALLEST, STORAGE)
-    if STEPS == 1 and DYNAMIC:
-        _write(x, scale, out_ptr + place, columns, size, QUANT_MIN, QUANT_MAX, MID_RISE, BLOCK)
-    else:
-        for step in range(STEPS):
-            here = step * BLOCK + columns
+    quick = _has_quotient(scale)
+    inverse = tl.math.div_rn(1.0, scale)
+    for step in range(STEPS):
+        here = step * BLOCK + columns
+        if STEPS > 1 or not DYNAMIC:
             x = _numbers(x_ptr + place, factor_ptr, here, size, FACTOR)
+        if DYNAMIC and quick:
+            _write_finite(x, scale, inverse, out_ptr + place, here, size, QUANT_MIN, QUANT_MAX, MID_RISE)
+        else:
             _write(x, scale, out_ptr + place, here, size, QUANT_MIN, QUANT_MAX, MID_RISE, BLOCK)
     if STORAGE != 0:
         scale = _to(scale, x_ptr.dtype.element_ty).to(tl.float32)  # as a consumer of x's dtype reads it
@@ -171,4 +173,23 @@ def _write(  # type: ignore[no-untyped-def]
     if MID_RISE:
         codes = 2.0 * codes + 1.0  # half-integers as odd integers of half the scale
     codes = tl.where(scaled == scaled, codes, 0.0)  # NaN is no integer; the row's scale is NaN
+    tl.store(out_ptr + columns, codes.to(tl.int8), mask=columns < size)
+
+
+@triton.jit
+def _write_finite(  # type: ignore[no-untyped-def]
+    x,
+    scale,
+    inverse,
+    out_ptr,
+    columns,
+    size,
+    QUANT_MIN: tl.constexpr,
+    QUANT_MAX: tl.constexpr,
+    MID_RISE: tl.constexpr,
+):
+    """``_write`` of a row without NaN, in half as many operations: those, not the memory, are what it takes."""
+    codes = _code(_quotient(x, scale, inverse) - (0.5 if MID_RISE else 0.0), QUANT_MIN, QUANT_MAX)
+    if MID_RISE:
+        codes = 2 * codes + 1
     tl.store(out_ptr + columns, codes.to(tl.int8), mask=columns < size)

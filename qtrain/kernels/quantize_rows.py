@@ -173,6 +173,36 @@ def _round(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _fma(a, b, c):  # type: ignore[no-untyped-def]
+    """a b + c, rounded once; the interpreter has none, and fp64 is exact enough for it."""
+    if INTERPRETED:
+        return (a.to(tl.float64) * b.to(tl.float64) + c.to(tl.float64)).to(tl.float32)
+    return tl.fma(a, b, c)
+
+
+@triton.jit
+def _quotient(x, scale, inverse):  # type: ignore[no-untyped-def]
+    """x / scale as ``div_rn`` rounds it, in three operations where that takes ten and a root table's look-up.
+
+    ``inverse`` is 1 / scale so rounded (Markstein 1990, doi 10.1147/rd.341.0111). For which scales: ``_has_quotient``.
+    """
+    quotient = x * inverse
+    return _fma(_fma(-quotient, scale, x), inverse, quotient)
+
+
+@triton.jit
+def _has_quotient(scale):  # type: ignore[no-untyped-def]
+    """Whether ``_quotient`` holds: of finite scales, but for mantissas of ones, whose inverse is too coarse."""
+    return (scale < float("inf")) & ((scale.to(tl.int32, bitcast=True) & 0x7FFFFF) != 0x7FFFFF)
+
+
+@triton.jit
+def _code(scaled, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Ties to even, clamped, of numbers that are none but finite: its lowest byte is the code, and no conversion."""
+    return (_clamp(scaled, QUANT_MIN, QUANT_MAX) + 12582912.0).to(tl.int32, bitcast=True)
+
+
+@triton.jit
 def _wanted_zero_point(low, scale, QUANT_MIN: tl.constexpr):  # type: ignore[no-untyped-def]
     return _round(tl.math.div_rn(-low, scale)) + QUANT_MIN
 

@@ -23,6 +23,9 @@ KNOWN = "0.50."
 """Versions whose kernels take the arguments that ``arguments`` gives; others go bitsandbytes' own way."""
 ROOM = 0.1
 """Share of the GPU's memory that is free where no pages have to be fetched."""
+_POINTER, _REAL, _INT = ctypes.c_void_p, ctypes.c_float, ctypes.c_int32
+TYPES = (*[_POINTER] * 4, *[_REAL] * 5, _INT, _REAL, *[_POINTER] * 4, *[_REAL] * 2, ctypes.c_bool, _INT)
+"""Of the kernel's arguments. Made by ctypes from plain numbers they take 3 us, made one by one in Python 12."""
 Kernels = Mapping[torch.dtype, Callable[..., Any]]
 
 
@@ -35,6 +38,7 @@ class _ShortWay:
 
     _kernels: Kernels | None = None
     _roomy = False
+    _device: torch.device | None = None
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update; what ``closure`` gives, if there is one."""
@@ -50,6 +54,7 @@ class _ShortWay:
             free, whole = torch.cuda.mem_get_info()
             overridden = self.mng.index2config or self.mng.pid2config  # type: ignore[attr-defined]
             self._roomy, self._kernels = free > ROOM * whole, None if overridden else adam_kernels()
+            self._device = torch.device("cuda", torch.cuda.current_device())
         try:
             with mock.patch.object(upstream, "sync_gpu", lambda tensor: None):
                 super().step()  # type: ignore[misc]
@@ -65,15 +70,17 @@ class _ShortWay:
     def update_step(self, group: dict[str, Any], p: Tensor, gindex: int, pindex: int) -> None:
         """Launch the update of one parameter."""
         state, gradient = self.state[p], p.grad  # type: ignore[attr-defined]
-        kernel = None if self._kernels is None or not p.is_cuda else self._kernels.get(p.dtype)
-        plain = gradient is not None and gradient.dtype == p.dtype and gradient.is_contiguous() and p.is_contiguous()
-        if kernel is None or not plain or state["state1"].dtype != torch.uint8:
+        kernel = None if self._kernels is None or p.device != self._device else self._kernels.get(p.dtype)
+        if (
+            kernel is None
+            or gradient is None
+            or not (gradient.dtype == p.dtype and gradient.is_contiguous() and p.is_contiguous())
+            or state["state1"].dtype != torch.uint8
+        ):
             super().update_step(group, p, gindex, pindex)  # type: ignore[misc]
             return
         state["step"] += 1
-        skip_zeros: bool = self.args.skip_zeros  # type: ignore[attr-defined]
-        with torch.cuda.device(p.device):
-            kernel(*arguments(p, state, group, skip_zeros=skip_zeros))
+        kernel(*arguments(p, gradient, state, group, self.args.skip_zeros))  # type: ignore[attr-defined]
 
     def state_dict(self) -> dict[str, Any]:
         """After what was launched."""
@@ -102,7 +109,10 @@ def adam_kernels() -> Kernels | None:
         return None
     from bitsandbytes.backends.cuda.ops import str2optimizer8bit_blockwise  # loads a library
 
-    return dict(zip((torch.float32, torch.float16, torch.bfloat16), str2optimizer8bit_blockwise["adam"], strict=True))
+    kernels: Any = str2optimizer8bit_blockwise["adam"]
+    prototype = ctypes.CFUNCTYPE(None, *TYPES)
+    found = [prototype(ctypes.cast(kernel, ctypes.c_void_p).value or 0) for kernel in kernels]
+    return dict(zip((torch.float32, torch.float16, torch.bfloat16), found, strict=True))
 
 
 def detour_words(name: str, device: torch.device) -> str:
@@ -112,18 +122,15 @@ def detour_words(name: str, device: torch.device) -> str:
     return f", launched by bitsandbytes' own loop: {version('bitsandbytes')} is not {KNOWN}x for CUDA"
 
 
-def arguments(p: Tensor, state: Mapping[str, Any], group: Mapping[str, Any], *, skip_zeros: bool) -> tuple[Any, ...]:
-    """What the kernel of 8-bit AdamW in blocks takes, in its order."""
-    assert p.grad is not None
-    real, place = ctypes.c_float, _place
+def arguments(
+    p: Tensor, gradient: Tensor, state: Mapping[str, Any], group: Mapping[str, Any], skip_zeros: bool
+) -> tuple[Any, ...]:
+    """What the kernel of 8-bit AdamW in blocks takes, in its order: values of ``TYPES``, which ctypes makes of them."""
+    first, second = group["betas"]
     return (
-        *(place(p), place(p.grad), place(state["state1"]), place(state["state2"])),
-        *(real(group["betas"][0]), real(group["betas"][1]), real(0.0), real(group.get("alpha", 0.0))),
-        *(real(group["eps"]), ctypes.c_int32(state["step"]), real(group["lr"])),
-        *(place(state["qmap1"]), place(state["qmap2"]), place(state["absmax1"]), place(state["absmax2"])),
-        *(real(group["weight_decay"]), real(1.0), ctypes.c_bool(skip_zeros), ctypes.c_int32(p.numel())),
+        *(p.data_ptr(), gradient.data_ptr(), state["state1"].data_ptr(), state["state2"].data_ptr()),
+        *(first, second, 0.0, group.get("alpha", 0.0), group["eps"], state["step"], group["lr"]),
+        *(state["qmap1"].data_ptr(), state["qmap2"].data_ptr()),
+        *(state["absmax1"].data_ptr(), state["absmax2"].data_ptr()),
+        *(group["weight_decay"], 1.0, skip_zeros, p.numel()),
     )
-
-
-def _place(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())

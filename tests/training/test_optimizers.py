@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from qtrain.config.schema import OptimizerSection
 from qtrain.errors import ConfigError
 from qtrain.training import bnb_optimizers
-from qtrain.training.bnb_optimizers import arguments
+from qtrain.training.bnb_optimizers import TYPES, arguments
 from qtrain.training.optimizers import build_optimizer, build_schedule, lr_factor, state_bytes
 
 
@@ -177,9 +177,10 @@ def test_a_kernel_of_8_bits_is_given_what_bitsandbytes_gives_it(monkeypatch: pyt
         *(state["step"], group["lr"], state["qmap1"], state["qmap2"], state["absmax1"], state["absmax2"]),
         *(group["weight_decay"], 1.0, False),
     )
-    found = arguments(weight, state, group, skip_zeros=False)
+    found = arguments(weight, weight.grad, state, group, False)
     (wanted,) = called
-    assert [(type(one), one.value) for one in found] == [(type(one), one.value) for one in wanted]
+    assert tuple(type(one) for one in wanted) == TYPES
+    assert [kind(one).value for kind, one in zip(TYPES, found, strict=True)] == [one.value for one in wanted]
 
 
 def test_a_detour_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
