@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
 from typing import Any, cast
 
 import bitsandbytes as bnb
+import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -14,6 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from qtrain.modules.token_loss import Loss
+from qtrain.training.processes import rank
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -37,9 +41,9 @@ class ShardedStrategy(ModelParallelStrategy):
         super().setup_environment()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """What trains, and buffers, whole and on the CPU; all processes have to ask for it."""
+        """What trains, and buffers, whole and on the CPU of rank 0; all processes have to ask for it."""
         assert self.lightning_module is not None
-        return {name: whole(value) for name, value in _kept(self.lightning_module).items()}
+        return _present((name, whole(value)) for name, value in _kept(self.lightning_module).items())
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Each process takes its share."""
@@ -49,11 +53,11 @@ class ShardedStrategy(ModelParallelStrategy):
         self.lightning_module.load_state_dict(state, strict=False)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """As one process has it, whole and on the CPU."""
+        """As one process has it, whole and on the CPU of rank 0; all processes have to ask for it."""
         state: dict[str, Any] = Strategy.optimizer_state(self, optimizer)
         per_parameter = {
-            number: {key: whole(value) if isinstance(value, Tensor) else value for key, value in moments.items()}
-            for number, moments in state["state"].items()
+            number: _present((key, whole(value) if isinstance(value, Tensor) else value) for key, value in it.items())
+            for number, it in state["state"].items()
         }
         return {**state, "state": per_parameter}
 
@@ -88,9 +92,35 @@ def shard(plain: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh) -> No
             layer.quant_state = cast(
                 bnb.nn.Params4bit, layer.weight
             ).quant_state  # a share has no attributes; bitsandbytes looks here then
-    for layer in layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(plain, mesh=mesh)
+    with _integers_without_gradients():
+        for layer in layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(plain, mesh=mesh)
+
+
+class _Nn:
+    """torch.nn whose parameters of integers ask for no gradient."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(nn, name)
+
+    @staticmethod
+    def Parameter(data: Tensor, requires_grad: bool = True) -> nn.Parameter:  # noqa: N802  # a class in torch.nn
+        return nn.Parameter(data, requires_grad and data.is_floating_point())
+
+
+@contextmanager
+def _integers_without_gradients() -> Iterator[None]:
+    """Before 2.13 torch lets each share ask for a gradient first, which codes cannot, and corrects that."""
+    if torch.__version__ >= (2, 13):  # type: ignore[operator]  # a TorchVersion
+        yield
+        return
+    place = import_module("torch.distributed.fsdp._fully_shard._fsdp_param")
+    place.nn = _Nn()  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        place.nn = nn  # type: ignore[attr-defined]
 
 
 def as_forward(plain: nn.Module, name: str, loss: Loss) -> Loss:
@@ -115,10 +145,14 @@ def unshard(model: nn.Module) -> None:
                 module._parameters[name] = gathered[id(parameter)]
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor that this is a share of, on the CPU; every process has to ask for it."""
+def whole(tensor: Tensor) -> Tensor | None:
+    """The tensor that this is a share of, on the CPU of rank 0; every process has to ask for it, the others get None.
+
+    As many copies in host memory as there are processes would be 12 bytes a trained weight each.
+    """
     tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+    found = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return None if rank() else found.cpu()
 
 
 def share(tensor: Any, like: Tensor) -> Any:
@@ -131,6 +165,10 @@ def share(tensor: Any, like: Tensor) -> Any:
 def local(tensor: Tensor) -> Tensor:
     """What of it lies here."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _present(items: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    return {key: value for key, value in items if value is not None}
 
 
 def _kept(module: nn.Module) -> dict[str, Tensor]:

@@ -23,6 +23,10 @@ METHODS = {
         *("method.name=qat", "method.weight.format=int4", "method.weight.group_size=32", "method.weight.range=learned"),
         *("method.activation.format=int8", "method.scale_lr=1e-4", "optimizer.lr=1e-3"),
     ),
+    "bytes": (
+        *("method.name=qat", "method.weight.format=int8", "method.activation.format=int8", "method.kernels=int8"),
+        *("optimizer.lr=1e-3", "run.recompute=full"),
+    ),
     "peqa": (
         *("method.name=peqa", "method.weight.format=int4", "method.weight.group_size=32", "method.init=hqq"),
         "optimizer.lr=1e-4",

@@ -20,8 +20,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),  # it is resumed from
 ]
-NAMES = ("qlora", "lora", "qat", "peqa")
-ARTIFACTS = {"qlora": "adapter/adapter_model", "lora": "adapter/adapter_model", "qat": "weights/model"}
+NAMES = ("qlora", "lora", "qat", "bytes", "peqa")
+ARTIFACTS = {name: "adapter/adapter_model" for name in ("qlora", "lora")} | {
+    name: "weights/model" for name in ("qat", "bytes")
+}
 SHARDED = "trainer.strategy=fsdp2"
 
 
@@ -56,6 +58,7 @@ def test_the_losses_are_those_of_one_process(runs: Path, losses: Callable[[Path]
     two, one = (json.loads((runs / run / "fit.json").read_text()) for run in (name, f"{name}_alone"))
     assert two["val_loss_after"] == pytest.approx(one["val_loss_after"], abs=2e-4)
     assert two["trained_parameters"] == one["trained_parameters"]
+    assert two["blocks"] == one["blocks"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -95,7 +98,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import qtrain
 from qtrain.modules.token_loss import chunked_loss
 from qtrain.training.processes import checksum
-from qtrain.training.sharding import as_forward, shard, unshard
+from qtrain.training.sharding import as_forward, shard, unshard, whole
 
 distributed.init_process_group("gloo")
 mesh = init_device_mesh("cpu", (2,))
@@ -111,14 +114,15 @@ for method, more in options.items():
     expected = chunked_loss(plain, batch).detach()
     shard(plain, [part for part in plain.modules() if isinstance(part, GradientCheckpointingLayer)], mesh)
     held = sum(value.to_local().nbytes for value in model.parameters())
+    assert all((whole(value) is None) == (distributed.get_rank() > 0) for value in model.parameters()), method
     loss = as_forward(plain, "loss_of", lambda batch: chunked_loss(plain, batch))(batch)
     assert torch.equal(loss, expected), (method, float(loss), float(expected))
     loss.backward()
     unshard(model)
     after = {name: checksum(value) for name, value in model.named_parameters()}
     assert before == after, method
-    whole = sum(value.nbytes for value in model.parameters())
-    assert held < 0.51 * whole, (held, whole)
+    total = sum(value.nbytes for value in model.parameters())
+    assert held < 0.51 * total, (held, total)
     print("SAME", method, len(after), flush=True)
 distributed.destroy_process_group()
 """
