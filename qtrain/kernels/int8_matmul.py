@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 try:
-    from qtrain.kernels import int8_tiles
+    from qtrain.kernels import int8_bulk, int8_tiles
 except ImportError:  # Triton comes with torch where there is a GPU
-    int8_tiles = None  # type: ignore[assignment]
+    int8_bulk = int8_tiles = None  # type: ignore[assignment]
 
 
 def int8_matmul(
@@ -59,6 +59,8 @@ def int_mm_is_exact() -> bool:
 def _matmul(
     a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
+    if int8_bulk is not None and int8_bulk.fits(a, b, dtype):
+        return int8_bulk.int8_matmul(a, b, a_scale, b_scale, bias, dtype)
     if int8_tiles is not None and a.is_cuda and a.numel() and b.numel():
         return int8_tiles.int8_matmul(a, b, a_scale, b_scale, bias, dtype)
     return plain_int8_matmul(a, b, a_scale, b_scale, bias, dtype)

@@ -49,6 +49,11 @@ def nf4_dequantize(words: Tensor, state: QuantState, dtype: torch.dtype, out: Te
     return nf4_tiles.dequantize(words, state, dtype, out)
 
 
+def writes_apart(words: Tensor, state: QuantState, dtype: torch.dtype) -> bool:
+    """Whether ``nf4_dequantize`` takes an ``out`` whose rows lie apart, each on 16 bytes."""
+    return nf4_tiles is not None and nf4_tiles.fits(words, state, dtype) and state.shape[-1] % 8 == 0
+
+
 def choose_dequantize(device: torch.device) -> tuple[Dequantize, str]:
     """The function to use there, and whose it is.
 

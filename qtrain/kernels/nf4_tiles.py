@@ -32,9 +32,11 @@ def fits(words: Tensor, state: QuantState, dtype: torch.dtype) -> bool:
 
 
 def dequantize(words: Tensor, state: QuantState, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """W [out, in], in ``out`` if that is given."""
+    """W [out, in], in ``out`` if that is given; its rows may lie apart, where ``in`` is a multiple of 8."""
     if out is None:
         out = torch.empty(tuple(state.shape), dtype=dtype, device=words.device)
+    apart = not out.is_contiguous()
+    assert out.stride(-1) == 1 and not (apart and out.shape[-1] % 8)
     count = out.numel() // 8
     second = state.state2 if state.nested else state
     _dequantize[(triton.cdiv(count, WORDS),)](
@@ -46,6 +48,8 @@ def dequantize(words: Tensor, state: QuantState, dtype: torch.dtype, out: Tensor
         second.absmax,
         state.offset if state.nested else state.code,
         count,
+        out.stride(0),
+        A_ROW=out.shape[-1] // 8 if apart else 0,
         PER_BLOCK=state.blocksize // 8,
         SECOND=second.blocksize,
         NESTED=state.nested,
@@ -67,6 +71,8 @@ def _dequantize(  # type: ignore[no-untyped-def]
     second_absmax_ptr,
     offset_ptr,
     count,
+    stride,
+    A_ROW: tl.constexpr,
     PER_BLOCK: tl.constexpr,
     SECOND: tl.constexpr,
     NESTED: tl.constexpr,
@@ -85,7 +91,8 @@ def _dequantize(  # type: ignore[no-untyped-def]
     # Bytes lie from the lowest up, and in each the first of two codes is the upper half.
     codes = (bits[:, None] >> (4 * (number ^ 1))[None, :]) & 15
     weight = tl.load(code_ptr + codes) * absmax[:, None]
-    place = word[:, None] * 8 + number[None, :]
+    begin = word * 8 if A_ROW == 0 else word // A_ROW * stride + word % A_ROW * 8
+    place = begin[:, None] + number[None, :]
     if BY_HAND:  # a GPU rounds to even in one instruction, the interpreter cuts off
         weight = _to(weight, out_ptr.dtype.element_ty)
     tl.store(out_ptr + place, weight.to(out_ptr.dtype.element_ty), mask=there[:, None])

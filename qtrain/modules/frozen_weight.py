@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qtrain.kernels.lora_product import FrozenWeight
-from qtrain.kernels.nf4_dequantize import Dequantize
+from qtrain.kernels.nf4_dequantize import Dequantize, nf4_dequantize, writes_apart
 from qtrain.modules.frozen_linear import frozen_kind
 from qtrain.modules.packed_linear import PackedLinear
 
@@ -78,6 +78,16 @@ class FourBit(Dequantized):
         out = self._workspace.take(tuple(state.shape), stored, words.device) if words.is_cuda else None
         weight: Tensor = self._dequantize(words, state, stored, out)
         return weight.to(dtype)
+
+    def widened(self, dtype: torch.dtype, before: int, after: int) -> Tensor | None:
+        """[out, before + in + after], W in the middle and the rest to be written; None where no kernel does it."""
+        words, state = self._layer.weight, self._layer.quant_state
+        rows, columns = state.shape
+        if self._dequantize is not nf4_dequantize or not writes_apart(words, state, dtype) or before % 8 or after % 8:
+            return None
+        whole = self._workspace.take((rows, before + columns + after), dtype, words.device)
+        self._dequantize(words, state, dtype, whole[:, before : before + columns])
+        return whole
 
 
 class Int8(Dequantized):

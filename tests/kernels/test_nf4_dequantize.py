@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -21,14 +19,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 tiles = pytest.mark.skipif(
     kernel.nf4_tiles is None or not (ON_GPU or INTERPRETED), reason="needs Triton, and a GPU or the interpreter"
 )
-
-
-@pytest.mark.skipif(kernel.nf4_tiles is None or ON_GPU or INTERPRETED, reason="no Triton, or this process runs it")
-def test_in_the_interpreter() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert found.returncode == 0 and " passed" in found.stdout, found.stdout + found.stderr
 
 
 def quantized(shape: tuple[int, int], kind: str, nested: bool, blocksize: int = 64) -> tuple[Tensor, QuantState]:
@@ -76,6 +66,17 @@ def test_one_pass_gives_the_same_bits(shape: tuple[int, int], kind: str, nested:
     out = torch.full(shape, 7.0, dtype=dtype, device=words.device)
     assert kernel.nf4_tiles.dequantize(words, state, dtype, out) is out
     assert torch.equal(out, by_definition(words, state, dtype))
+
+
+@tiles
+@pytest.mark.parametrize("shape", [(1, 8), (24, 128), (5, 40)], ids=str)
+def test_rows_may_lie_apart(shape: tuple[int, int]) -> None:
+    words, state = quantized(shape, "nf4", True)
+    whole = torch.full((shape[0], shape[1] + 24), 7.0, dtype=torch.bfloat16, device=words.device)
+    assert kernel.nf4_tiles is not None
+    kernel.nf4_tiles.dequantize(words, state, torch.bfloat16, whole[:, 8:-16])
+    assert torch.equal(whole[:, 8:-16], by_definition(words, state, torch.bfloat16))
+    assert bool((whole[:, :8] == 7).all()) and bool((whole[:, -16:] == 7).all())
 
 
 @tiles

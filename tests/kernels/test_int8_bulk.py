@@ -1,0 +1,68 @@
+"""The product of bytes by programs that stay, beside its plain twin: in the interpreter, or on a Hopper GPU."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from qtrain.kernels.int8_matmul import int8_matmul, plain_int8_matmul
+
+triton = pytest.importorskip("triton", reason="CPU installs of torch come without triton")
+
+from qtrain.kernels import int8_bulk  # noqa: E402
+
+ON_GPU = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HOPPER = ON_GPU and torch.cuda.get_device_capability() >= (9, 0)
+DEVICE = "cuda" if ON_GPU else "cpu"
+KERNEL = pytest.mark.skipif(not (HOPPER or INTERPRETED), reason="needs a Hopper GPU, or the interpreter")
+
+
+def operands(m: int, n: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(m + n + k)
+    a, b = (torch.randint(-128, 128, (rows, k), generator=generator, dtype=torch.int8) for rows in (m, n))
+    s, t = (torch.rand(rows, generator=generator) / 1000 for rows in (m, n))
+    bias = torch.randn(n, generator=generator).to(dtype)
+    return a.to(DEVICE), b.to(DEVICE), s.to(DEVICE), t.to(DEVICE), bias.to(DEVICE)
+
+
+@KERNEL
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [(128, 256, 128), (150, 264, 144), (300, 520, 16)], ids=str)
+def test_it_is_its_twin(size: tuple[int, int, int], dtype: torch.dtype) -> None:
+    a, b, s, t, bias = operands(*size, dtype)
+    for scale, own in ((t, bias), (t, None), (None, None)):
+        found = int8_bulk.int8_matmul(a, b, s, scale, own, dtype)
+        wanted = plain_int8_matmul(a, b, s, scale, own, dtype)
+        # A sum of scaled numbers may be rounded the other way where a product and a sum are one operation.
+        assert (found.float() - wanted.float()).abs().max() <= 2**-7 * wanted.float().abs().max()
+        assert (found != wanted).float().mean() < (0.01 if own is not None else 1e-6)
+
+
+@KERNEL
+def test_rows_further_apart_than_they_are_long() -> None:
+    a, b, s, t, _ = operands(140, 256, 96, torch.bfloat16)
+    found = int8_bulk.int8_matmul(a[:, :48], b[:, 32:80], s, t, None, torch.bfloat16)
+    assert torch.equal(found, plain_int8_matmul(a[:, :48], b[:, 32:80], s, t, None, torch.bfloat16))
+
+
+@pytest.mark.gpu
+def test_more_tiles_than_programs() -> None:
+    a, b, s, t, _ = operands(2048, 4104, 272, torch.bfloat16)
+    assert int8_bulk.fits(a, b, torch.bfloat16) == HOPPER
+    found = int8_matmul(a, b, s, t, None, torch.bfloat16)
+    assert torch.equal(found, plain_int8_matmul(a, b, s, t, None, torch.bfloat16))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+def test_what_the_copy_engine_does_not_take() -> None:
+    a, b, *_ = operands(256, 256, 160, torch.bfloat16)
+    assert int8_bulk.fits(a, b, torch.bfloat16)
+    assert not int8_bulk.fits(a[:, 1:], b[:, 1:], torch.bfloat16)  # not aligned
+    assert not int8_bulk.fits(a[:, :72].contiguous(), b[:, :72].contiguous(), torch.bfloat16)  # rows of 72 bytes
+    assert not int8_bulk.fits(a, b[:252], torch.bfloat16) and not int8_bulk.fits(a, b, torch.float32)
+    assert not int8_bulk.fits(a.t().contiguous().t(), b, torch.bfloat16)
