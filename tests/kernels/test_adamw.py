@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -24,14 +22,6 @@ here = pytest.mark.skipif(not (ON_GPU or INTERPRETED), reason="needs a GPU or th
 STEP = AdamWStep.of(3, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
 BF16, FP32 = torch.bfloat16, torch.float32
 KINDS = [(BF16, BF16, BF16), (BF16, BF16, FP32), (FP32, FP32, FP32), (FP32, BF16, BF16)]
-
-
-@pytest.mark.skipif(ON_GPU or INTERPRETED, reason="this process runs the cases itself")
-def test_in_the_interpreter() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert found.returncode == 0 and " passed" in found.stdout, found.stdout + found.stderr
 
 
 def tensors(shape: tuple[int, ...], kinds: tuple[torch.dtype, torch.dtype, torch.dtype]) -> list[Tensor]:

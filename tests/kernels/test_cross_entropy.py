@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -22,14 +20,6 @@ TOLERANCES = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 tiles = pytest.mark.skipif(
     cross_entropy_tiles is None or not (ON_GPU or INTERPRETED), reason="needs Triton, and a GPU or the interpreter"
 )
-
-
-@pytest.mark.skipif(cross_entropy_tiles is None or ON_GPU or INTERPRETED, reason="no Triton, or this runs the cases")
-def test_in_the_interpreter() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert found.returncode == 0 and " passed" in found.stdout, found.stdout + found.stderr
 
 
 def example(rows: int, vocab: int, dtype: torch.dtype, seed: int = 0, spread: float = 4.0) -> tuple[Tensor, Tensor]:

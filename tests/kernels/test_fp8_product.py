@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -21,14 +19,6 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 tiles = pytest.mark.skipif(
     kernel.fp8_tiles is None or not (ON_GPU or INTERPRETED), reason="needs Triton, and a GPU or the interpreter"
 )
-
-
-@pytest.mark.skipif(kernel.fp8_tiles is None or ON_GPU or INTERPRETED, reason="no Triton, or this process runs it")
-def test_in_the_interpreter() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert found.returncode == 0 and " passed" in found.stdout, found.stdout + found.stderr
 
 
 def numbers(rows: Fp8Rows) -> Tensor:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -20,14 +18,6 @@ TOLERANCES = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 tiles = pytest.mark.skipif(
     gated_tiles is None or not (ON_GPU or INTERPRETED), reason="needs Triton, and a GPU or the interpreter"
 )
-
-
-@pytest.mark.skipif(gated_tiles is None or ON_GPU or INTERPRETED, reason="no Triton, or this process runs the cases")
-def test_in_the_interpreter() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert found.returncode == 0 and " passed" in found.stdout, found.stdout + found.stderr
 
 
 def numbers(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[Tensor]:

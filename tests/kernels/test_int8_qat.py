@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -70,15 +68,6 @@ def kept_scale(rule: Rule, weight: Tensor) -> Tensor | None:
     if isinstance(rule, Dynamic):
         return None
     return (Dynamic(rule.spec).qparams(weight, None, None).scale.float() * 0.7).clone()
-
-
-@pytest.mark.skipif(ON_GPU or INTERPRETED, reason="this process runs the cases itself")
-def test_in_the_interpreter() -> None:
-    pytest.importorskip("triton", reason="CPU installs of torch come without triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__, "-k", "kernel"]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert found.returncode == 0 and " passed" in found.stdout, found.stdout + found.stderr
 
 
 # ---------------------------------------------------------------- codes

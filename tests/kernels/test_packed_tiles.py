@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -36,14 +34,6 @@ SHAPES = [
     (140, 300, None),
     (3, 2112, 1056),
 ]
-
-
-@pytest.mark.skipif(kernel.packed_tiles is None or ON_GPU or INTERPRETED, reason="no Triton, or this process runs it")
-def test_in_the_interpreter() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert found.returncode == 0 and " passed" in found.stdout, found.stdout + found.stderr
 
 
 def layer_of(shape: tuple[int, int, int | None], *, zero: str | None = None, outliers: int = 0, **keys: Any) -> Any:
@@ -118,6 +108,8 @@ def test_gradients_are_those_of_float64(
     shape: tuple[int, int, int | None], zero: str | None, dtype: torch.dtype
 ) -> None:
     """Zero points, outliers, and one scale a row whose zero point trains; 70 tokens are no whole tiles."""
+    if not ON_GPU:  # the interpreter takes a row at a time here, each as the others
+        shape = (min(shape[0], 20), *shape[1:])
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2, 35, shape[1], generator=generator).to(DEVICE, dtype)
     mix = torch.randn(2, 35, shape[0], generator=generator).to(DEVICE, dtype)

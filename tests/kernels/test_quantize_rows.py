@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -28,14 +26,6 @@ SPECS = [
     QuantSpec("int4", group_size=24, scale_dtype="bf16", symmetric=False),
 ]
 SHAPES = [(1, 24), (3, 5, 48), (130, 72), (2, 4104)]
-
-
-@pytest.mark.skipif(ON_GPU or INTERPRETED, reason="this process runs the cases itself")
-def test_in_the_interpreter() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert found.returncode == 0 and " passed" in found.stdout, found.stdout + found.stderr
 
 
 def tensors(shape: tuple[int, ...], dtype: torch.dtype, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -32,15 +30,6 @@ SPECS = [
     QuantSpec("int2", group_size=24, scale_dtype="bf16", mid_rise=True),
 ]
 TOKENS = Dynamic(QuantSpec("int8", granularity="per_token", group_size=None, scale_dtype="fp32"))
-
-
-@pytest.mark.skipif(ON_GPU or INTERPRETED, reason="this process runs the cases itself")
-def test_in_the_interpreter() -> None:
-    pytest.importorskip("triton", reason="CPU installs of torch come without triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert found.returncode == 0 and " passed" in found.stdout, found.stdout + found.stderr
 
 
 @pytest.fixture
