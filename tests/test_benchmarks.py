@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -67,3 +69,18 @@ def test_ratios_are_those_of_one_sitting_on_one_gpu(tmp_path: Path) -> None:
         "≤ 1.00",
     ]
     assert "- peft-full: no peft" in found.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("limit", "result", "said"),
+    [("3", "ended after 3 s", "Fatal Python error: Aborted"), ("200", " to ", "trained after")],
+)
+def test_rows_of_two_processes(tmp_path: Path, limit: str, result: str, said: str) -> None:
+    command = [sys.executable, "-m", "benchmarks.two_gpus", str(tmp_path / "OUT.md"), "--tiny", "--rows", "qlora-70b"]
+    command += ["--work", str(tmp_path / "work"), "--limit", limit]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, found.stderr
+    (row,) = (line for line in (tmp_path / "OUT.md").read_text().splitlines() if line.startswith("| qlora-70b"))
+    assert result in row
+    assert said in (tmp_path / "OUT.log").read_text()

@@ -59,6 +59,8 @@ class Shape:
 
 LLAMA_7B = Shape(4096, 11008, 32, 32, 32, 32000)
 LLAMA_65B = Shape(8192, 22016, 80, 64, 64, 32000)
+LLAMA_70B = Shape(8192, 28672, 80, 64, 8, 128256)
+"""Llama 3."""
 LLAMA_1B = Shape(2048, 8192, 16, 32, 8, 128256, tied=True)
 """Llama 3.2."""
 LAYERS_7B = replace(LLAMA_7B, layers=4)
