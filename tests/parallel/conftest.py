@@ -25,7 +25,7 @@ METHODS = {
     ),
     "bytes": (
         *("method.name=qat", "method.weight.format=int8", "method.activation.format=int8", "method.kernels=int8"),
-        *("optimizer.lr=1e-3", "run.recompute=full"),
+        "optimizer.lr=1e-3",
     ),
     "peqa": (
         *("method.name=peqa", "method.weight.format=int4", "method.weight.group_size=32", "method.init=hqq"),

@@ -25,6 +25,7 @@ ARTIFACTS = {name: "adapter/adapter_model" for name in ("qlora", "lora")} | {
     name: "weights/model" for name in ("qat", "bytes")
 }
 SHARDED = "trainer.strategy=fsdp2"
+MORE = {"qlora": ("run.recompute=full",)}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def runs(
     alone(*words(path / "qat_in", *methods["qat"], half))
     resumed = ("run.resume=true", "trainer.accumulate_grad_batches=1")
     done = torchrun(
-        *(words(path / name, *methods[name], SHARDED, saved) for name in NAMES),
+        *(words(path / name, *methods[name], SHARDED, saved, *MORE.get(name, ())) for name in NAMES),
         words(path / "qat_out", *methods["qat"], SHARDED, half),
         words(path / "qat_in", *methods["qat"], SHARDED, *resumed),
     )
