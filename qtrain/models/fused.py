@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
+
+from qtrain.kernels.rms_norm import fits, frozen_rms_norm
 
 
 def fuse_layers(model: PreTrainedModel, device: torch.device, asked: str) -> str:
@@ -32,7 +38,24 @@ def fuse_layers(model: PreTrainedModel, device: torch.device, asked: str) -> str
         return f"the model's own: liger-kernel has none for {kind}"
     # By instance, as transformers' own Trainer does it.
     _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
-    return "norm, RoPE and SwiGLU of liger-kernel"
+    for module in model.modules():
+        if getattr(module, "casting_mode", None) == "llama" and getattr(module, "offset", None) == 0.0:
+            object.__setattr__(module, "forward", _Norm(module, module.forward))
+    return "norm, RoPE and SwiGLU of liger-kernel, frozen norms of our own"
+
+
+@dataclass
+class _Norm:
+    """liger-kernel's RMSNorm, by a kernel without the weight's gradient where the weight does not train."""
+
+    module: Any
+    forward: Callable[[Tensor], Tensor]
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        weight = self.module.weight
+        if fits(hidden_states, weight):
+            return frozen_rms_norm(hidden_states, weight, self.module.variance_epsilon)
+        return self.forward(hidden_states)
 
 
 def _says_more_than_absent(record: logging.LogRecord) -> bool:
