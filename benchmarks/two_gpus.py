@@ -36,7 +36,7 @@ from qtrain.files import atomic_directory
 
 STEPS = 23
 """`qtrain fit` measures ten at a time, after three."""
-KEPT_LINES = 30
+KEPT_LINES, KEPT_OF_FAILED = 30, 300
 """Of a run's output."""
 LAST_WORDS = 3
 """Seconds in which a process that is ended writes where it was."""
@@ -103,10 +103,12 @@ def logged(command: list[str], log: Path, limit: float) -> str | None:
         late = False
         try:
             process.wait(limit)
-        except subprocess.TimeoutExpired:
-            late = True
-            print(f"--- ended after {limit:.0f} s, where each process was:", file=output, flush=True)
+        except BaseException as error:  # SIGTERM to this process too
+            late = isinstance(error, subprocess.TimeoutExpired)
+            print(f"--- ended after {time.monotonic() - started:.0f} s, at:", file=output, flush=True)
             abort(process.pid)
+            if not late:
+                raise
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -114,7 +116,8 @@ def logged(command: list[str], log: Path, limit: float) -> str | None:
     written = log.read_text(encoding="utf-8", errors="replace")[len(before) :]
     said, mark, stacks = written.partition("\n--- ended after")
     first, *lines = said.splitlines()
-    kept = [first, f"({time.monotonic() - started:.0f} s, status {process.returncode})", *lines[-KEPT_LINES:]]
+    lines = lines[-(KEPT_OF_FAILED if process.returncode else KEPT_LINES) :]
+    kept = [first, f"({time.monotonic() - started:.0f} s, status {process.returncode})", *lines]
     log.write_text(before + "\n".join(kept) + mark + stacks + "\n\n", encoding="utf-8")
     if late:
         return f"ended after {limit:.0f} s"
