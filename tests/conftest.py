@@ -34,6 +34,14 @@ CHATML = (
 )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """One thread where only tiny models are run, here and in processes that are started: two would mostly wait for each
+    other, and on busy cores take ten times as long. OMP_NUM_THREADS says otherwise.
+    """
+    if "not slow" in config.option.markexpr:
+        torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def interruptible() -> None:
     """SIGINT is answered, here and in processes that are started: as a script's background job it would be ignored."""
