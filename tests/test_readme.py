@@ -42,6 +42,7 @@ SUBSTITUTIONS = {
 ADDED = {
     "run.resume=true": "trainer.max_steps=3",
     "generate": "generate.max_new_tokens=4",
+    "recipe=llm_qat_llama": "distill.layerwise.steps=2",
     "recipe=ptq_gptq": "method.weight.group_size=32",  # the tiny Llama's rows are 64 wide
 }
 """Words that a command with this word is given on top: without the first, a finished run has nowhere to go on to."""
