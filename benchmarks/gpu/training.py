@@ -28,6 +28,7 @@ from qtrain.cli import main as qtrain
 from qtrain.config.compose import load_recipe
 from qtrain.config.schema import Config
 from qtrain.errors import QtrainError
+from qtrain.modules.token_loss import with_kept
 from qtrain.training.module import LanguageModule
 from qtrain.training.optimizers import state_bytes
 from qtrain.training.trainer import trainer_arguments
@@ -136,4 +137,4 @@ def train(
 def counted(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """With the counts that the data module gives."""
     labels = batch["labels"]
-    return {**batch, "tokens": torch.tensor(labels.numel()), "loss_tokens": (labels[:, 1:] != -100).sum()}
+    return {**with_kept(batch), "tokens": torch.tensor(labels.numel()), "loss_tokens": (labels[:, 1:] != -100).sum()}

@@ -23,7 +23,7 @@ from qtrain.data.sources import SPLITS, locate_all
 from qtrain.data.stream import RowStream, StreamLoader
 from qtrain.data.summary import DataSummary
 from qtrain.errors import DataError
-from qtrain.modules.token_loss import ROWS
+from qtrain.modules.token_loss import ROWS, with_kept
 
 STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("predict",)}
 
@@ -96,8 +96,8 @@ class LanguageData(lightning.LightningDataModule):
         return self._loader("predict")
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Row numbers stay on the host: to read them back would be to wait for the GPU at each batch."""
-        moved: Batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        """Row numbers stay on the host, and which labels count is found there: else it would wait for the GPU."""
+        moved: Batch = super().transfer_batch_to_device(with_kept(batch), device, dataloader_idx)
         return {**moved, ROWS: batch[ROWS]} if ROWS in batch else moved
 
     def samples(self, split: str, tokens: int) -> list[Sample]:

@@ -159,8 +159,7 @@ def _input_gradient(dys: Sequence[Tensor], layers: Sequence[ByteLinear], in_byte
     total: Tensor | None = None
     for dy, layer in zip(dys, layers, strict=True):
         if in_bytes:
-            own = gradient_in_bytes(dy, layer.weight, layer.scale, layer.key)
-            total = own if total is None else total.add_(own)
+            total = gradient_in_bytes(dy, layer.weight, layer.scale, layer.key, total)
             continue
         levels = forward(layer.weight, layer.scale, None, layer.key, dy.dtype)
         total = dy @ levels if total is None else total.addmm_(dy, levels)

@@ -44,12 +44,27 @@ def fits(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
     return large and b.shape[0] % 8 == 0 and all(_copied(one) for one in (a, b))
 
 
+def takes(into: Tensor, a: Tensor, b: Tensor) -> bool:
+    """Whether it adds to ``into`` as well."""
+    return fits(a, b, into.dtype) and into.is_contiguous() and into.data_ptr() % 16 == 0
+
+
 def int8_matmul(
-    a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    into: Tensor | None = None,
 ) -> Tensor:
-    """y = (a b^T) a_scale b_scale^T + bias [m, n] in ``dtype``, of 16 bits; k contiguous."""
+    """y = (a b^T) a_scale b_scale^T + bias [m, n] in ``dtype``, of 16 bits; k contiguous.
+
+    Args:
+        into: y is rounded and added to it, as it is written: a pass over three tensors less.
+    """
     (m, k), n = a.shape, b.shape[0]
-    y = torch.empty(m, n, dtype=dtype, device=a.device)
+    y = torch.empty(m, n, dtype=dtype, device=a.device) if into is None else into
     tiles = triton.cdiv(m, TILE.m) * triton.cdiv(n, TILE.n)
     programs = min(tiles, _processors(a.device.index) if a.is_cuda else tiles)
     _product[(programs,)](
@@ -63,6 +78,7 @@ def int8_matmul(
         n,
         SCALES=b_scale is not None,
         BIAS=bias is not None,
+        ADDED=into is not None,
         STEPS=triton.cdiv(k, TILE.k),
         PROGRAMS=programs,
         M=TILE.m,
@@ -70,7 +86,7 @@ def int8_matmul(
         K=TILE.k,
         GROUP=GROUP,
         num_warps=WARPS,
-        num_stages=STAGES,
+        num_stages=STAGES - (into is not None),  # what is there takes a stage's room in shared memory
     )
     return y
 
@@ -103,6 +119,7 @@ def _product(  # type: ignore[no-untyped-def]
     n,
     SCALES: tl.constexpr,
     BIAS: tl.constexpr,
+    ADDED: tl.constexpr,
     STEPS: tl.constexpr,
     PROGRAMS: tl.constexpr,
     M: tl.constexpr,
@@ -114,12 +131,12 @@ def _product(  # type: ignore[no-untyped-def]
     if INTERPRETED:  # its loops know no bounds but constants: there each tile has a program
         place = _place(tl.program_id(0), down, across, GROUP)
         y = _tile(place, a_tiles, b_tiles, a_scale_ptr, b_scale_ptr, bias_ptr, m, n, SCALES, BIAS, STEPS, M, N, K)
-        _store(y, y_tiles, place, M, N)
+        _store(y, y_tiles, place, ADDED, M, N)
     else:
         for tile in tl.range(tl.program_id(0), down * across, PROGRAMS, flatten=True):
             place = _place(tile, down, across, GROUP)
             y = _tile(place, a_tiles, b_tiles, a_scale_ptr, b_scale_ptr, bias_ptr, m, n, SCALES, BIAS, STEPS, M, N, K)
-            _store(y, y_tiles, place, M, N)
+            _store(y, y_tiles, place, ADDED, M, N)
 
 
 @triton.jit
@@ -162,9 +179,16 @@ def _tile(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _store(y, y_tiles, place, M: tl.constexpr, N: tl.constexpr):  # type: ignore[no-untyped-def]
+def _store(y, y_tiles, place, ADDED: tl.constexpr, M: tl.constexpr, N: tl.constexpr):  # type: ignore[no-untyped-def]
     """In halves: beside the stages shared memory has no room for a whole tile."""
-    y = _to(y, y_tiles.dtype)
-    left, right = tl.split(tl.permute(tl.reshape(y, (M, 2, N // 2)), (0, 2, 1)))
-    y_tiles.store([place[0] * M, place[1] * N], left)
-    y_tiles.store([place[0] * M, place[1] * N + N // 2], right)
+    row, column = place[0] * M, place[1] * N
+    left, right = tl.split(tl.permute(tl.reshape(_to(y, y_tiles.dtype), (M, 2, N // 2)), (0, 2, 1)))
+    _put(left, y_tiles, row, column, ADDED)
+    _put(right, y_tiles, row, column + N // 2, ADDED)
+
+
+@triton.jit
+def _put(y, y_tiles, row, column, ADDED: tl.constexpr):  # type: ignore[no-untyped-def]
+    if ADDED:
+        y = _to(y.to(tl.float32) + y_tiles.load([row, column]).to(tl.float32), y_tiles.dtype)
+    y_tiles.store([row, column], y)

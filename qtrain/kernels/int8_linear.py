@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qtrain.kernels.codes import codes, numbers, turned
 from qtrain.kernels.fake_quantize import backward, forward
-from qtrain.kernels.int8_matmul import int8_matmul
+from qtrain.kernels.int8_matmul import int8_matmul, int8_matmul_into
 from qtrain.kernels.shared_input import Latest, cast_for_product, forget_casts
 from qtrain.numerics.rules import Dynamic, Learned, Rule, Static
 from qtrain.numerics.spec import INTEGER_BITS, QuantSpec
@@ -108,10 +108,14 @@ def _gradient(rows: Tensor, weight: Tensor, scale: Tensor | None, key: str) -> T
     return rows @ forward(weight, scale, None, key, rows.dtype)
 
 
-def gradient_in_bytes(rows: Tensor, weight: Tensor, scale: Tensor | None, key: str) -> Tensor:
-    """dY fq(W) with dY s_w in bytes: the scales of the summed rows of W belong to the left side."""
+def gradient_in_bytes(
+    rows: Tensor, weight: Tensor, scale: Tensor | None, key: str, into: Tensor | None = None
+) -> Tensor:
+    """dY fq(W) with dY s_w in bytes, added to ``into``: the scales of the summed rows of W belong to the left side."""
     q_w, s_w = codes(weight, key, scale)
     q_y, s_y = codes(rows, ROW_BYTES.key, factor=s_w)
+    if into is not None:
+        return int8_matmul_into(into, q_y, turned(q_w), s_y)
     return int8_matmul(q_y, turned(q_w), s_y, None, None, rows.dtype)
 
 

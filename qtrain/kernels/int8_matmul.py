@@ -28,6 +28,13 @@ def int8_matmul(
     return _matmul(a, b, a_scale, b_scale, bias, dtype)
 
 
+def int8_matmul_into(into: Tensor, a: Tensor, b: Tensor, a_scale: Tensor) -> Tensor:
+    """``into`` [m, n], to which (a b^T) a_scale was added, rounded to its dtype before and after."""
+    if not torch.compiler.is_compiling() and int8_bulk is not None and int8_bulk.takes(into, a, b):
+        return int8_bulk.int8_matmul(a, b, a_scale, None, None, into.dtype, into)
+    return into.add_(int8_matmul(a, b, a_scale, None, None, into.dtype))
+
+
 def plain_int8_matmul(
     a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:

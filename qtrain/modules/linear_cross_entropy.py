@@ -77,7 +77,14 @@ def rows_of_a_chunk(vocab: int, weight: Tensor, *, trains: bool) -> int:
     return rows // 128 * 128 or max(1, rows)  # whole tiles of a product
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None) -> Tensor:
+def places_kept(labels: Tensor) -> Tensor:
+    """Where labels [...] are not -100: int64 [K], counted row after row."""
+    return (labels.reshape(-1) != -100).nonzero().squeeze(-1)
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None, *, kept: Tensor | None = None
+) -> Tensor:
     """Sum over rows of -log softmax(hidden weight^T + bias)[label], in fp32.
 
     Args:
@@ -85,6 +92,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, bias: T
         weight: [vocab, d] of the output head.
         labels: [...] int64; -100 rows are left out before any product.
         bias: [vocab].
+        kept: ``places_kept`` of the labels, if that is known; to look for them is to wait for a GPU.
 
     Returns:
         A scalar: the summed loss in nats; 0 where every label is -100.
@@ -92,7 +100,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, bias: T
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    kept = (labels != -100).nonzero().squeeze(-1)
+    kept = places_kept(labels) if kept is None else kept
     if kept.numel() < labels.numel():
         hidden, labels = hidden[kept], labels[kept]
     with torch.autocast(kind, enabled=False):

@@ -10,13 +10,25 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from qtrain.modules.head import head_factors
-from qtrain.modules.linear_cross_entropy import linear_cross_entropy
+from qtrain.modules.linear_cross_entropy import linear_cross_entropy, places_kept
 
 Loss = Callable[[Mapping[str, Tensor]], Tensor]
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 """What of a batch the model is given."""
 ROWS = "rows"
 """The key of a batch's row numbers [B] in the data set, by which cached logits are found."""
+
+
+KEPT = "kept"
+"""The key of a batch's places [K] among the shifted labels, row after row, that count."""
+
+
+def with_kept(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """With ``KEPT``, found while labels lie in the host's memory: looked for on a GPU, the host would wait for it."""
+    labels = batch.get("labels")
+    if labels is None or labels.device.type != "cpu" or labels.ndim != 2:
+        return dict(batch)
+    return {**batch, KEPT: places_kept(labels[:, 1:])}
 
 
 def plain_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -31,7 +43,7 @@ def chunked_loss(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
     inputs = {key: batch[key] for key in INPUTS if key in batch}
     hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
     x, weight, bias = head_factors(model, hidden[:, :-1])
-    return linear_cross_entropy(x, weight, batch["labels"][:, 1:], bias)
+    return linear_cross_entropy(x, weight, batch["labels"][:, 1:], bias, kept=batch.get(KEPT))
 
 
 def choose_loss(model: PreTrainedModel) -> tuple[Loss, str]:

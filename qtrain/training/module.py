@@ -339,20 +339,30 @@ class LanguageModule(L.LightningModule):
             return None
         return EarlyClip(_gradients(trainer.optimizers[0]), float(trainer.gradient_clip_val or 0.0))
 
+    def on_after_backward(self) -> None:
+        """Note the sums of a step whose gradients are means already, before ``NanGuard`` waits for the GPU."""
+        assert self._window is not None
+        if self._window.means:
+            self._log_step(self._window.close())
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turn the window's sum of gradients into the gradient of the mean over its tokens, if it is not that yet."""
         assert self._window is not None
+        if self._window.means:
+            return
         total = self._window.close()
         world = self.trainer.world_size
         if world > 1:
             total = torch.as_tensor(self.all_gather(total)).view(world, 2).sum(0)
-        loss, tokens = total[0], total[1].clamp(min=1)
-        if not self._window.means:
-            # Lightning divided each loss by the number of micro-batches, and DDP averages over ranks: both undone here.
-            scale = (self.trainer.accumulate_grad_batches * world / tokens).float()
-            scale_([local(gradient) for gradient in _gradients(optimizer)], scale)
-        self.log("train/loss", (loss / tokens).float(), prog_bar=True)
-        self.log("train/lr", float(optimizer.param_groups[0]["lr"]))
+        # Lightning divided each loss by the number of micro-batches, and DDP averages over ranks: both undone here.
+        scale = (self.trainer.accumulate_grad_batches * world / total[1].clamp(min=1)).float()
+        scale_([local(gradient) for gradient in _gradients(optimizer)], scale)
+        self._log_step(total)
+
+    def _log_step(self, total: Tensor) -> None:
+        """``total``: [loss, tokens] of a step, of all processes."""
+        self.log("train/loss", (total[0] / total[1].clamp(min=1)).float(), prog_bar=True)
+        self.log("train/lr", float(self.trainer.optimizers[0].param_groups[0]["lr"]))
 
     def optimizer_step(
         self,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qtrain.errors import ModelError
-from qtrain.modules.token_loss import Loss
+from qtrain.modules.token_loss import KEPT, Loss
 from qtrain.training.recompute import Recompute
 
 FIRST_STEPS = 10
@@ -58,7 +58,8 @@ class MicroBatch:
         shares: list[Mapping[str, Tensor]] = []
         for rows in torch.arange(self.rows).tensor_split(count):
             first, last = int(rows[0]), int(rows[-1]) + 1
-            share = {k: v[first:last] if v.ndim and len(v) == self.rows else v for k, v in self.batch.items()}
+            whole = {k: v for k, v in self.batch.items() if k != KEPT}  # places among all rows
+            share = {k: v[first:last] if v.ndim and len(v) == self.rows else v for k, v in whole.items()}
             share["loss_tokens"] = (share["labels"][:, 1:] != -100).sum()
             shares.append(share)
         return shares

@@ -55,8 +55,10 @@ def test_shuffled_batches_carry_their_numbers(
     data.setup("fit")
     rows, seen = data.numbered_rows("train"), []
     for batch in data.train_dataloader():
-        kept = data.transfer_batch_to_device(batch, torch.device("meta"), 0)
-        assert kept["rows"].device.type == "cpu" and kept["input_ids"].device.type == "meta"
+        moved = data.transfer_batch_to_device(batch, torch.device("meta"), 0)
+        assert moved["rows"].device.type == "cpu" and moved["input_ids"].device.type == "meta"
+        # Which labels count was found before they were sent: a tensor on meta could not tell.
+        assert moved["kept"].shape == ((batch["labels"][:, 1:] != -100).sum(),)
         assert torch.equal(batch["input_ids"], rows.batch(batch["rows"].tolist())["input_ids"])
         seen += batch["rows"].tolist()
     assert sorted(seen) == list(range(len(rows))) != seen

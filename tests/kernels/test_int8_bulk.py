@@ -43,6 +43,16 @@ def test_it_is_its_twin(size: tuple[int, int, int], dtype: torch.dtype) -> None:
 
 
 @KERNEL
+@pytest.mark.parametrize("size", [(128, 256, 32), (140, 264, 48)], ids=str)
+def test_it_adds_to_what_is_there(size: tuple[int, int, int]) -> None:
+    a, b, s, _, _ = operands(*size, torch.bfloat16)
+    there = torch.randn(size[0], size[1], generator=torch.Generator().manual_seed(1)).to(DEVICE, torch.bfloat16)
+    wanted = there + plain_int8_matmul(a, b, s, None, None, torch.bfloat16)
+    assert int8_bulk.int8_matmul(a, b, s, None, None, torch.bfloat16, there) is there
+    assert torch.equal(there, wanted)
+
+
+@KERNEL
 def test_rows_further_apart_than_they_are_long() -> None:
     a, b, s, t, _ = operands(140, 256, 96, torch.bfloat16)
     found = int8_bulk.int8_matmul(a[:, :48], b[:, 32:80], s, t, None, torch.bfloat16)

@@ -137,3 +137,14 @@ def test_a_gradient_in_16_bits_that_is_summed_in_chunks(chunks: int, monkeypatch
     monkeypatch.setattr(module, "CHUNK_BYTES", 64 // chunks * 4 * 50)
     ours = found(*case)
     assert_equal(ours[1:], judged(*case)[1:], 2**-7)
+
+
+def test_places_that_are_known_are_not_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(2, 5, 4, generator=generator), torch.randn(7, 4, generator=generator)
+    labels = torch.tensor([[1, -100, 3, 6, -100], [-100, -100, 0, 2, 5]])
+    for known in (labels, labels.clamp(min=0)):
+        kept, wanted = module.places_kept(known), linear_cross_entropy(hidden, weight, known)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "places_kept", lambda labels: pytest.fail("looked for"))
+            assert torch.equal(linear_cross_entropy(hidden, weight, known, kept=kept), wanted)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qtrain.config.schema import Config, OptimizerSection
 from qtrain.distill.teacher import named_teacher
@@ -15,6 +15,7 @@ from qtrain.training.live_bytes import tensor_bytes
 from qtrain.training.optimizers import state_bytes, update_bytes
 from qtrain.training.plan.one_layer import OneLayer
 from qtrain.training.plan.shapes import held, prepared_shapes, skeleton
+from qtrain.training.plan.sharded import Weights, shared_out
 from qtrain.training.plan.step_memory import KindBytes, StepMemory
 
 PAGED_FROM = 100_000
@@ -39,6 +40,7 @@ class Estimator:
         shapes = prepared_shapes(config.model, config.method, storage, compute)
         self.trained = list(shapes.trained)
         self.base, self.trained_bytes = shapes.base_bytes, tensor_bytes(self.trained)
+        self._whole = _weights(shapes.model)
         self._teacher = 0
         if config.distill.loss != "none" and not config.distill.cached:
             section = named_teacher(config.distill, config.model) if config.distill.teacher else config.model
@@ -60,7 +62,7 @@ class Estimator:
         head = self.one.head_bytes(batch)
         paged = optimizer.name.startswith("paged") and self._on_gpu
         state = state_bytes((p for p in self.trained if not paged or p.numel() < PAGED_FROM), optimizer)
-        return StepMemory(
+        memory = StepMemory(
             base=self.base,
             trained=self.trained_bytes,
             gradients=self.trained_bytes,
@@ -76,12 +78,21 @@ class Estimator:
             copies=self.trained_bytes if self._processes > 1 else 0,
             on_gpu=self._on_gpu,
         )
+        if self._processes == 1 or self._config.trainer.get("strategy") != "fsdp2":
+            return memory
+        layers = [(kind.count, _weights(kind.layer)) for kind in self.one.kinds]
+        return shared_out(memory, self._whole, layers, self._processes)
 
     def paged_bytes(self, optimizer: OptimizerSection) -> int:
         """Of optimizer state that lies where there is room, on the GPU or the host."""
         if not optimizer.name.startswith("paged") or not self._on_gpu:
             return 0
         return state_bytes((p for p in self.trained if p.numel() >= PAGED_FROM), optimizer)
+
+
+def _weights(module: nn.Module) -> Weights:
+    trained = tensor_bytes(p for p in module.parameters() if p.requires_grad)
+    return Weights(frozen=tensor_bytes(module.parameters()) - trained, trained=trained)
 
 
 def dense_base_bytes(config: Config, device: torch.device) -> int:
