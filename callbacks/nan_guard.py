@@ -74,24 +74,23 @@ class NanGuard(Callback):
         self._losses, self._batches = [], []
 
     def _refuse_loss(self, trainer: Trainer, pl_module: LightningModule, losses: Tensor) -> None:
-        own = self._loss_error(trainer, pl_module, losses)
-        told = gather(None if own is None else own.what)
-        if own is not None:
-            raise own
-        for rank, message in enumerate(told):
-            if message is not None:
-                raise ModelError(f"in process {rank} {message}", rule=_last_good(trainer))
+        for rank, what in enumerate(gather(self._bad_loss(trainer, pl_module, losses))):
+            if what is not None:
+                raise ModelError(
+                    what,
+                    where=f"process {rank}" if size() > 1 else None,
+                    rule="no step is taken on a loss that is not finite",
+                    fix=f"a lower learning rate, gradient_clip_val=1.0, or a look at that batch{_last_good(trainer)}",
+                )
 
-    def _loss_error(self, trainer: Trainer, pl_module: LightningModule, losses: Tensor) -> ModelError | None:
+    def _bad_loss(self, trainer: Trainer, pl_module: LightningModule, losses: Tensor) -> str | None:
         bad = (~losses.isfinite()).nonzero().flatten().tolist()
         if not bad:
             return None
         batch, batch_idx = self._batches[bad[0]]
-        return ModelError(
+        return (
             f"the loss is {losses[bad[0]].item()} at {_position(trainer, batch_idx)}; "
-            + _first_bad_output(trainer, pl_module, batch, batch_idx),
-            rule="no step is taken on a loss that is not finite",
-            fix=f"a lower learning rate, gradient_clip_val=1.0, or a look at that batch{_last_good(trainer)}",
+            + _first_bad_output(trainer, pl_module, batch, batch_idx)
         )
 
     def _refuse_gradients(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -74,7 +74,7 @@ def case(asked: argparse.Namespace, *, length: int) -> Figures:
     shape = shape_of(LLAMA_7B, asked)
     step = TOKENS // 64 if asked.tiny else TOKENS
     length = length // 64 if asked.tiny else length
-    size = Sizes(step // length, length, 1, 2) if asked.tiny else Sizes(step // length, length, 2, 7)
+    size = Sizes(step // length, length, 1, 2, 1) if asked.tiny else Sizes(step // length, length, 2, 7, 1)
     profiled = AttentionShare(size.warm + size.steps - 1)
     common = ["trainer.gradient_clip_val=0.3", "run.recompute=full", "data.packing=false"]
     found = train_ours(repeated_model(shape), [*qlora_words(), *common], shape, size, [profiled])

@@ -46,7 +46,7 @@ def ours(asked: argparse.Namespace, *, recompute: str, compute: str = "auto") ->
         *(*qlora_words(), "trainer.gradient_clip_val=0.3", f"run.recompute={recompute}"),
         *(f"method.compute_dtype={compute}", f"trainer.max_steps={size.warm + size.steps}"),
     ]
-    return fit_command(words, asked, shape_of(LLAMA_7B, asked).flops_per_token(trains=False), warm=size.warm)
+    return fit_command(words, asked, shape_of(LLAMA_7B, asked).flops_per_token(trains=False), size)
 
 
 def peft_model(asked: argparse.Namespace) -> PeftModel:
@@ -71,7 +71,7 @@ def peft(asked: argparse.Namespace) -> Figures:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = bnb.optim.PagedAdamW8bit(trained, lr=2e-4)
     batches = random_batches(shape.vocab, size)
-    steps = time_steps(batches, lambda batch: model(**batch).loss, optimizer, warm=size.warm)
+    steps = time_steps(batches, lambda batch: model(**batch).loss, optimizer, warm=size.warm, together=size.together)
     said = [f"attention {model.config._attn_implementation}, recomputation by torch.utils.checkpoint"]
     return Figures(median_rate(*steps), peak_gib(), shape.flops_per_token(trains=False), said)
 

@@ -58,7 +58,7 @@ def unsloth(asked: argparse.Namespace, *, recompute: str | bool) -> Figures:
     model.train()
     optimizer = bnb.optim.PagedAdamW8bit([p for p in model.parameters() if p.requires_grad], lr=2e-4)
     batches = random_batches(shape.vocab, size)
-    steps = time_steps(batches, lambda batch: model(**batch).loss, optimizer, warm=size.warm)
+    steps = time_steps(batches, lambda batch: model(**batch).loss, optimizer, warm=size.warm, together=size.together)
     kinds = sorted({module.mlp.forward.__name__ for module in model.modules() if hasattr(module, "mlp")})
     said = [f"use_gradient_checkpointing={recompute}", *kinds]
     return Figures(median_rate(*steps), peak_gib(), shape.flops_per_token(trains=False), said)

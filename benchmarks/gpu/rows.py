@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-TOKENS = 4 * 2048 * 11
-"""Of a usual case: 8 steps after 3."""
+TOKENS = 4 * 2048 * 15
+"""Of a usual case: 12 steps after 3."""
 START = 22
 """Seconds until a process trains: imports, CUDA, Triton's first compilations."""
 READ_7B = 25

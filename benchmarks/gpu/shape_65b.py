@@ -19,7 +19,7 @@ from benchmarks.gpu.shapes import LLAMA_65B
 
 def case(asked: argparse.Namespace, *, words: tuple[str, ...]) -> Figures:
     """One of CASES."""
-    size = Sizes(1, 64, 1, 1) if asked.tiny else Sizes(1, 512, 2, 3)
+    size = Sizes(1, 64, 1, 1, 1) if asked.tiny else Sizes(1, 512, 2, 3, 1)
     return frozen(words, "full", shape_of(LLAMA_65B, asked), size)
 
 

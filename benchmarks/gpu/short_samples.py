@@ -15,6 +15,7 @@ import json
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -30,6 +31,7 @@ from benchmarks.gpu.measure import (
     Case,
     Figures,
     NotHere,
+    Sizes,
     mean_rate,
     peak_gib,
     quiet,
@@ -59,9 +61,14 @@ def samples(asked: argparse.Namespace) -> list[list[int]]:
     return [drawn.integers(0, vocab - 1, int(n) // (16 if asked.tiny else 1)).tolist() for n in lengths]
 
 
+def short_sizes(asked: argparse.Namespace) -> Sizes:
+    """8 steps, each by itself: they hold different numbers of tokens."""
+    return replace(sizes(asked), steps=2 if asked.tiny else 8, together=1)
+
+
 def ours(asked: argparse.Namespace, *, recompute: str) -> Figures:
     """`qtrain fit` on a file of texts, a word a token."""
-    size = sizes(asked)
+    size = short_sizes(asked)
     file = asked.work / f"short-{asked.case}.jsonl"
     with file.open("w", encoding="utf-8") as lines:
         for ids in samples(asked):
@@ -71,7 +78,7 @@ def ours(asked: argparse.Namespace, *, recompute: str) -> Figures:
         *(f"data.batch_size={size.rows}", *qlora_words(), f"trainer.max_steps={size.warm + size.steps}"),
         *("trainer.gradient_clip_val=0.3", f"run.recompute={recompute}"),
     ]
-    return fit_command(words, asked, shape_of(LLAMA_7B, asked).flops_per_token(trains=False), warm=size.warm)
+    return fit_command(words, asked, shape_of(LLAMA_7B, asked).flops_per_token(trains=False), size)
 
 
 def padded(asked: argparse.Namespace) -> Iterator[Batch]:
@@ -138,7 +145,7 @@ def trl(asked: argparse.Namespace) -> Figures:
         raise NotHere(f"trl: {' '.join(str(error).split())[:200]}") from None
     if asked.tiny and not ON_GPU:
         raise NotHere("trl: its SFTTrainer computes the loss in Triton, on a GPU")
-    size = sizes(asked)
+    size = short_sizes(asked)
     config = SFTConfig(
         output_dir=str(asked.work / "trl"),
         packing=True,

@@ -46,8 +46,10 @@ class _Twice(io.StringIO):
         return super().write(text)
 
 
-def fit_command(words: Sequence[str], asked: argparse.Namespace, flops_per_token: int, *, warm: int) -> Figures:
-    """``qtrain fit WORDS`` in this process; its figures are its own, measured step by step.
+def fit_command(
+    words: Sequence[str], asked: argparse.Namespace, flops_per_token: int, size: Sizes, *, together: int | None = None
+) -> Figures:
+    """``qtrain fit WORDS`` in this process; its figures are its own, measured ``together`` steps at a time.
 
     Raises:
         NotHere: the command refused, with its own words.
@@ -56,8 +58,8 @@ def fit_command(words: Sequence[str], asked: argparse.Namespace, flops_per_token
     words = [*words, f"run.dir={directory}", "run.overwrite=true"]
     print("$ qtrain fit", *words, file=sys.stderr, flush=True)
     shown, errors = _Twice(sys.stderr), _Twice(sys.stderr)
-    # A measurement a step where the command makes one of ten: medians need several.
-    meter = partial(Throughput, every_n_steps=1, warmup_steps=warm)
+    # Of fewer steps than the command's ten: medians need several.
+    meter = partial(Throughput, every_n_steps=together or size.together, warmup_steps=size.warm)
     with mock.patch("qtrain.training.fit.Throughput", meter), redirect_stdout(shown), redirect_stderr(errors):
         status = qtrain(["fit", *words])
     if status:
@@ -120,7 +122,7 @@ def train(
         preferred: other arguments of the Trainer.
     """
     torch.set_float32_matmul_precision(config.run.matmul_precision)
-    meter = Throughput(every_n_steps=1, warmup_steps=size.warm)
+    meter = Throughput(every_n_steps=size.together, warmup_steps=size.warm)
     trainer = L.Trainer(
         **{**trainer_arguments(config), "max_steps": size.warm + size.steps, "enable_progress_bar": False, **preferred},
         logger=False,
