@@ -88,10 +88,8 @@ class NanGuard(Callback):
         if not bad:
             return None
         batch, batch_idx = self._batches[bad[0]]
-        return (
-            f"the loss is {losses[bad[0]].item()} at {_position(trainer, batch_idx)}; "
-            + _first_bad_output(trainer, pl_module, batch, batch_idx)
-        )
+        layer = _first_bad_output(trainer, pl_module, batch, batch_idx)
+        return f"the loss is {losses[bad[0]].item()} at {_position(trainer, batch_idx)}; {layer}"
 
     def _refuse_gradients(self, trainer: Trainer, pl_module: LightningModule) -> None:
         gradients = {name: p.grad for name, p in pl_module.named_parameters() if p.grad is not None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from qtrain.console import out
 from qtrain.errors import ConfigError, ModelError
 
 T = TypeVar("T")
-_children: list[Popen[bytes]] = []
+_children: list[Popen[Any]] = []
 
 
 def started_by(environ: Mapping[str, str]) -> tuple[int, int] | None:
@@ -61,6 +62,7 @@ def join(trainer: L.Trainer, module: L.LightningModule, section: Mapping[str, An
     Raises:
         ConfigError: another number of processes would train than was asked for, or than was started.
     """
+    global _children
     _check_count(trainer, asked_for(section))
     if trainer.world_size == 1:
         return
@@ -74,7 +76,7 @@ def join(trainer: L.Trainer, module: L.LightningModule, section: Mapping[str, An
     trainer.strategy.connect(module)
     if launcher is not None:
         launcher.launch(trainer.strategy.setup_environment, trainer=trainer)
-        _children.extend(launcher.procs)
+        _children = launcher.procs
     else:
         trainer.strategy.setup_environment()
     if size() != trainer.world_size:
@@ -87,9 +89,15 @@ def end_together() -> Iterator[None]:
     """Where the block, or the function that this decorates, fails, the processes that ``join`` started end as well."""
     try:
         yield
-    except BaseException:
-        for process in _children:
-            process.terminate()  # they would wait for this one, or complain that it is gone
+    except BaseException as error:
+        if rank() and not _children and isinstance(error, Exception):
+            # Rank 0, where it failed with the same, tells of it and ends this one: had this one ended first, Lightning
+            # would kill rank 0.
+            time.sleep(5)
+        children = _children.copy()
+        _children.clear()  # the list that Lightning watches
+        for process in children:
+            process.kill()  # it would wait for this one, or complain that it is gone; a SIGTERM it would broadcast
         raise
 
 
