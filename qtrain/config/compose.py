@@ -112,7 +112,7 @@ def parse_overrides(overrides: tuple[str, ...] | list[str]) -> DictConfig:
     given = OmegaConf.create()
     for word in overrides:
         key, sign, value = word.partition("=")
-        if not sign or not all(key.split(".")):
+        if not sign or not all(key.split(".")) or key.startswith("["):  # OmegaConf finds no key at all in "[a"
             raise ConfigError(
                 f"{word!r} is no override", rule="section.key=value", fix="qtrain fit --help lists the keys"
             )
