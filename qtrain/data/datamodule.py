@@ -96,8 +96,14 @@ class LanguageData(lightning.LightningDataModule):
         return self._loader("predict")
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Row numbers stay on the host, and which labels count is found there: else it would wait for the GPU."""
-        moved: Batch = super().transfer_batch_to_device(with_kept(batch), device, dataloader_idx)
+        """Row numbers stay on the host, and which labels count is found there: else it would wait for the GPU.
+
+        So it would for a copy from memory that may be paged out.
+        """
+        known: Batch = with_kept(batch)
+        if device.type == "cuda":
+            known = {key: tensor.pin_memory() for key, tensor in known.items()}
+        moved: Batch = super().transfer_batch_to_device(known, device, dataloader_idx)
         return {**moved, ROWS: batch[ROWS]} if ROWS in batch else moved
 
     def samples(self, split: str, tokens: int) -> list[Sample]:

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from qtrain.kernels.int8_tiles import shared_memory
 from qtrain.kernels.quantize_rows import INTERPRETED, _to
 
 GROUP = 8
@@ -34,11 +35,13 @@ class Tile(NamedTuple):
 TILE = Tile(128, 256, 128)
 """256 x 128 was 4 % slower, a depth of 64 15 %."""
 STAGES, WARPS = 4, 8
+SHARED_BYTES = 232_448
+"""Of Hopper, for a program."""
 
 
 def fits(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
     """Whether the kernel knows these operands [m, k] and [n, k]: on Hopper, rows of whole 16 bytes, and large."""
-    if not a.is_cuda or _capability(a.device.index) < (9, 0) or dtype not in (torch.bfloat16, torch.float16):
+    if not a.is_cuda or not _is_hopper(a.device.index) or dtype not in (torch.bfloat16, torch.float16):
         return False
     large = a.shape[0] >= TILE.m and b.shape[0] >= TILE.n
     return large and b.shape[0] % 8 == 0 and all(_copied(one) for one in (a, b))
@@ -66,8 +69,9 @@ def int8_matmul(
     (m, k), n = a.shape, b.shape[0]
     y = torch.empty(m, n, dtype=dtype, device=a.device) if into is None else into
     tiles = triton.cdiv(m, TILE.m) * triton.cdiv(n, TILE.n)
-    programs = min(tiles, _processors(a.device.index) if a.is_cuda else tiles)
-    _product[(programs,)](
+    # One number for all shapes, or each count of tiles would be compiled anew.
+    programs = _processors(a.device.index) if a.is_cuda else tiles
+    _product[(min(tiles, programs),)](
         TensorDescriptor.from_tensor(a, [TILE.m, TILE.k]),
         TensorDescriptor.from_tensor(b, [TILE.n, TILE.k]),
         TensorDescriptor.from_tensor(y, [TILE.m, TILE.n // 2]),
@@ -98,8 +102,9 @@ def _copied(operand: Tensor) -> bool:
 
 
 @cache
-def _capability(device: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+def _is_hopper(device: int) -> bool:
+    """With its shared memory, of which 2 KB are left; for Blackwell Triton takes more, or other instructions."""
+    return torch.cuda.get_device_capability(device)[0] == 9 and shared_memory(device) >= SHARED_BYTES
 
 
 @cache

@@ -87,15 +87,16 @@ def int8_matmul(
 @lru_cache(maxsize=4096)
 def _chosen(m: int, n: int, device: int | None) -> Tiles:
     """The largest tiles that the product fills and the device has the shared memory for."""
-    limit = _shared_memory(device)
+    limit = shared_memory(device)
     fitting = [tiles for tiles in CONFIGS if tiles.shared_bytes <= limit and tiles.m <= m and tiles.n <= n]
     return fitting[0] if fitting else CONFIGS[-1]
 
 
 @cache
-def _shared_memory(device: int | None) -> int:
+def shared_memory(device: int | None) -> int:
+    """Bytes that a program may have on a GPU; without one, the interpreter's, which has no limit."""
     if device is None:
-        return 2**20  # the interpreter
+        return 2**20
     return int(triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"])
 
 

@@ -192,8 +192,9 @@ def _quotient(x, scale, inverse):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _has_quotient(scale):  # type: ignore[no-untyped-def]
-    """Whether ``_quotient`` holds: of finite scales, but for mantissas of ones, whose inverse is too coarse."""
-    return (scale < float("inf")) & ((scale.to(tl.int32, bitcast=True) & 0x7FFFFF) != 0x7FFFFF)
+    """Whether ``_quotient`` holds: a mantissa of ones has too coarse an inverse, an extreme scale no exact rest."""
+    usual = (scale > 2.0**-78) & (scale < 2.0**126)  # not so NaN
+    return usual & ((scale.to(tl.int32, bitcast=True) & 0x7FFFFF) != 0x7FFFFF)
 
 
 @triton.jit

@@ -44,7 +44,7 @@ def fuse_layers(model: PreTrainedModel, device: torch.device, asked: str) -> str
     return "norm, RoPE and SwiGLU of liger-kernel, frozen norms of our own"
 
 
-@dataclass
+@dataclass(eq=False)
 class _Norm:
     """liger-kernel's RMSNorm, by a kernel without the weight's gradient where the weight does not train."""
 

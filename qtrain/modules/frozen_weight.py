@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import bitsandbytes as bnb
@@ -79,12 +80,16 @@ class FourBit(Dequantized):
         weight: Tensor = self._dequantize(words, state, stored, out)
         return weight.to(dtype)
 
-    def widened(self, dtype: torch.dtype, before: int, after: int) -> Tensor | None:
-        """[out, before + in + after], W in the middle and the rest to be written; None where no kernel does it."""
+    def widens(self, dtype: torch.dtype, ranks: Sequence[int]) -> bool:
+        """Whether a kernel writes W with columns of others beside it."""
+        words, state = self._layer.weight, self._layer.quant_state
+        known = self._dequantize is nf4_dequantize and writes_apart(words, state, dtype)
+        return known and not any(rank % 8 for rank in ranks)
+
+    def widened(self, dtype: torch.dtype, before: int, after: int) -> Tensor:
+        """[out, before + in + after], W in the middle and the rest to be written; overwritten by the next one."""
         words, state = self._layer.weight, self._layer.quant_state
         rows, columns = state.shape
-        if self._dequantize is not nf4_dequantize or not writes_apart(words, state, dtype) or before % 8 or after % 8:
-            return None
         whole = self._workspace.take((rows, before + columns + after), dtype, words.device)
         self._dequantize(words, state, dtype, whole[:, before : before + columns])
         return whole

@@ -8,6 +8,7 @@ parameters, and the GPU has nothing to do meanwhile: some 50 of 480 ms a step (a
 from __future__ import annotations
 
 import ctypes
+import inspect
 from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.metadata import version
@@ -110,8 +111,11 @@ def adam_kernels() -> Kernels | None:
     from bitsandbytes.backends.cuda.ops import str2optimizer8bit_blockwise  # loads a library
 
     kernels: Any = str2optimizer8bit_blockwise["adam"]
+    if any(inspect.isfunction(kernel) for kernel in kernels):  # which says, if it is called, what library is missing
+        return None
     prototype = ctypes.CFUNCTYPE(None, *TYPES)
-    found = [prototype(ctypes.cast(kernel, ctypes.c_void_p).value or 0) for kernel in kernels]
+    places = [ctypes.cast(kernel, ctypes.c_void_p).value for kernel in kernels]
+    found = [prototype(place) for place in places if place is not None]
     return dict(zip((torch.float32, torch.float16, torch.bfloat16), found, strict=True))
 
 
@@ -119,7 +123,7 @@ def detour_words(name: str, device: torch.device) -> str:
     """``, launched by bitsandbytes' own loop: ...`` where the short way is not taken on a GPU; else nothing."""
     if "adamw_8bit" not in name or device.type != "cuda" or adam_kernels() is not None:
         return ""
-    return f", launched by bitsandbytes' own loop: {version('bitsandbytes')} is not {KNOWN}x for CUDA"
+    return f", launched by bitsandbytes' own loop: {version('bitsandbytes')} is not {KNOWN}x with its CUDA library"
 
 
 def arguments(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Sequence
 
 import torch
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor
+from torch.optim import Optimizer
 
 
 @torch.no_grad()
@@ -42,16 +45,39 @@ class EarlyClip:
     """
 
     def __init__(self, gradients: Sequence[Tensor], limit: float) -> None:
-        self._seen = _versions(gradients)
+        self._seen = [(weakref.ref(gradient), gradient._version) for gradient in gradients]
         self._factor = clip_factor(gradients, limit)
 
     def factor(self, gradients: Sequence[Tensor]) -> Tensor | None:
         """The factor; None where these are other gradients by now, or others wrote to them."""
-        return self._factor if _versions(gradients) == self._seen else None
+        same = len(gradients) == len(self._seen) and all(
+            seen() is gradient and gradient._version == version
+            for gradient, (seen, version) in zip(gradients, self._seen, strict=True)
+        )
+        return self._factor if same else None
 
 
-def _versions(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
-    return [(id(tensor), tensor._version) for tensor in tensors]
+def early_clip(trainer: Trainer) -> EarlyClip | None:
+    """Of gradients that are final: where they are clipped by norm, and nothing of others may change them before."""
+    by_norm = trainer.gradient_clip_val and trainer.gradient_clip_algorithm != "value"
+    scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+    callbacks: Sequence[Callback] = getattr(trainer, "callbacks", ())
+    if not by_norm or scaled or len(trainer.optimizers) != 1 or any(map(_sees_gradients, callbacks)):
+        return None
+    return EarlyClip(gradients_of(trainer.optimizers[0]), float(trainer.gradient_clip_val or 0.0))
+
+
+def gradients_of(optimizer: Optimizer) -> list[Tensor]:
+    """Of all its parameters that have one."""
+    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+
+def _sees_gradients(callback: Callback) -> bool:
+    """Whether a callback that is not ours may change gradients: what it writes through ``.data`` no version tells."""
+    kind = type(callback)
+    hooks = ("on_after_backward", "on_before_optimizer_step")
+    ours = kind.__module__.partition(".")[0] == "qtrain"
+    return not ours and any(getattr(kind, hook) is not getattr(Callback, hook) for hook in hooks)
 
 
 def _of_one_kind(tensors: Iterable[Tensor]) -> list[list[Tensor]]:

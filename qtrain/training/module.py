@@ -44,7 +44,7 @@ from qtrain.modules.head import head_factors
 from qtrain.modules.quantizers import full_precision, quantizers
 from qtrain.modules.token_loss import Loss, choose_loss
 from qtrain.training.cuda_graphs import LayerGraphs
-from qtrain.training.gradients import EarlyClip, clip_factor, scale_
+from qtrain.training.gradients import EarlyClip, clip_factor, early_clip, gradients_of, scale_
 from qtrain.training.optimizers import build_optimizer, build_schedule
 from qtrain.training.rate_factors import with_factors
 from qtrain.training.recompute import Recompute
@@ -329,15 +329,7 @@ class LanguageModule(L.LightningModule):
         """Its gradients; where memory runs out in the first steps, by a lower level of recomputation."""
         assert self._window is not None
         self._window.backward(loss)
-        self._clip = self._early_clip() if self._window.means else None
-
-    def _early_clip(self) -> EarlyClip | None:
-        trainer = self.trainer
-        by_norm = trainer.gradient_clip_val and trainer.gradient_clip_algorithm != "value"
-        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        if not by_norm or scaled or len(trainer.optimizers) != 1:
-            return None
-        return EarlyClip(_gradients(trainer.optimizers[0]), float(trainer.gradient_clip_val or 0.0))
+        self._clip = early_clip(self.trainer) if self._window.means else None
 
     def on_after_backward(self) -> None:
         """Note the sums of a step whose gradients are means already, before ``NanGuard`` waits for the GPU."""
@@ -356,7 +348,7 @@ class LanguageModule(L.LightningModule):
             total = torch.as_tensor(self.all_gather(total)).view(world, 2).sum(0)
         # Lightning divided each loss by the number of micro-batches, and DDP averages over ranks: both undone here.
         scale = (self.trainer.accumulate_grad_batches * world / total[1].clamp(min=1)).float()
-        scale_([local(gradient) for gradient in _gradients(optimizer)], scale)
+        scale_([local(gradient) for gradient in gradients_of(optimizer)], scale)
         self._log_step(total)
 
     def _log_step(self, total: Tensor) -> None:
@@ -388,7 +380,7 @@ class LanguageModule(L.LightningModule):
         if not gradient_clip_val:
             return
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        gradients = _gradients(optimizer)
+        gradients = gradients_of(optimizer)
         sharded = any(isinstance(gradient, DTensor) for gradient in gradients)
         if gradient_clip_algorithm == "value":
             torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
@@ -450,7 +442,3 @@ class LanguageModule(L.LightningModule):
         total = float(self.trainer.estimated_stepping_batches)
         schedule = build_schedule(optimizer, section, total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

@@ -13,8 +13,9 @@ import torch
 from qtrain.config.compose import load_recipe
 from qtrain.data.datamodule import LanguageData
 from qtrain.kernels.adamw import adamw_
-from qtrain.training import module, stochastic_adamw
-from qtrain.training.gradients import EarlyClip, scale_
+from qtrain.training import gradients as early
+from qtrain.training import stochastic_adamw
+from qtrain.training.gradients import EarlyClip, early_clip, scale_
 from qtrain.training.module import LanguageModule
 from qtrain.training.trainer import trainer_arguments
 
@@ -116,9 +117,24 @@ def test_what_clips_is_known_early_where_gradients_are_not_divided_later(
             found.append(super().factor(gradients))
             return found[-1]
 
-    monkeypatch.setattr(module, "EarlyClip", Spied)
+    monkeypatch.setattr(early, "EarlyClip", Spied)
+    monkeypatch.setattr(early, "_sees_gradients", lambda callback: False)  # ``Gradients`` does, and leaves them alone
     gradients(tiny_llama_dir, chats, tmp_path, 8 // accumulate, accumulate, "trainer.gradient_clip_val=0.01")
     assert len(found) == (accumulate == 1) and None not in found
+
+
+@pytest.mark.parametrize("hook", ["on_after_backward", "on_before_optimizer_step", "on_train_batch_end"])
+def test_nothing_is_known_early_where_a_callback_of_others_sees_gradients(hook: str) -> None:
+    theirs = type("Theirs", (L.Callback,), {hook: lambda *_: None})()
+    trainer = L.Trainer(callbacks=[theirs], gradient_clip_val=0.5, logger=False, enable_checkpointing=False)
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    trainer.strategy.optimizers = [torch.optim.AdamW([weight])]
+    found = early_clip(trainer)
+    assert (found is None) == (hook != "on_train_batch_end")
+    assert found is None or found.factor([weight.grad]) is not None
+    weight.grad = torch.ones(3)
+    assert found is None or found.factor([weight.grad]) is None  # another tensor
 
 
 @pytest.mark.parametrize("touched", [False, True])

@@ -183,6 +183,16 @@ def test_a_kernel_of_8_bits_is_given_what_bitsandbytes_gives_it(monkeypatch: pyt
     assert [kind(one).value for kind, one in zip(TYPES, found, strict=True)] == [one.value for one in wanted]
 
 
+def test_a_library_that_is_missing_is_bitsandbytes_to_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its place bitsandbytes has functions that raise, with its advice."""
+    if not hasattr(torch._C, "_cuda_getCurrentRawStream"):  # a build of torch for CPUs
+        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    ops = importlib.import_module("bitsandbytes.backends.cuda.ops")
+    monkeypatch.setitem(ops.str2optimizer8bit_blockwise, "adam", [lambda *given: None] * 3)
+    assert bnb_optimizers.adam_kernels.__wrapped__() is None
+
+
 def test_a_detour_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(bnb_optimizers, "adam_kernels", lambda: None)
