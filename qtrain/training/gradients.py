@@ -37,6 +37,25 @@ def clip_factor(gradients: Iterable[Tensor], limit: float) -> Tensor | None:
     return torch.clamp(limit / (total + 1e-6), max=1.0)
 
 
+class OnHost:
+    """A small tensor on its way from a GPU to the host, which goes on meanwhile."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._arrived: torch.cuda.Event | None = None
+        self._tensor = tensor
+        if tensor.is_cuda:
+            self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._tensor.copy_(tensor, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def get(self) -> Tensor:
+        """It, once it is there; what was launched after it is not waited for."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._tensor
+
+
 class EarlyClip:
     """``clip_factor`` launched as soon as the backward is, while the GPU is busy still.
 

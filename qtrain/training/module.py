@@ -44,7 +44,7 @@ from qtrain.modules.head import head_factors
 from qtrain.modules.quantizers import full_precision, quantizers
 from qtrain.modules.token_loss import Loss, choose_loss
 from qtrain.training.cuda_graphs import LayerGraphs
-from qtrain.training.gradients import EarlyClip, clip_factor, early_clip, gradients_of, scale_
+from qtrain.training.gradients import EarlyClip, OnHost, clip_factor, early_clip, gradients_of, scale_
 from qtrain.training.optimizers import build_optimizer, build_schedule
 from qtrain.training.rate_factors import with_factors
 from qtrain.training.recompute import Recompute
@@ -98,6 +98,7 @@ class LanguageModule(L.LightningModule):
         self._objective: Loss | None = None  # of the training: the loss, or the divergence from a teacher
         self._window: AccumulationWindow | None = None
         self._clip: EarlyClip | None = None
+        self._sums: OnHost | None = None  # of a step: loss and tokens
         self._validation: list[Tensor] = []
         self._twin: Teacher | None = None
         self.graphs: LayerGraphs | None = None  # of decoder layers, from the first batch on
@@ -332,29 +333,28 @@ class LanguageModule(L.LightningModule):
         self._clip = early_clip(self.trainer) if self._window.means else None
 
     def on_after_backward(self) -> None:
-        """Note the sums of a step whose gradients are means already, before ``NanGuard`` waits for the GPU."""
+        """Send the sums of a step to the host, where its gradients are means already; ``NanGuard`` waits anyway."""
         assert self._window is not None
         if self._window.means:
-            self._log_step(self._window.close())
+            self._sums = OnHost(self._window.close())
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turn the window's sum of gradients into the gradient of the mean over its tokens, if it is not that yet."""
         assert self._window is not None
-        if self._window.means:
-            return
-        total = self._window.close()
-        world = self.trainer.world_size
-        if world > 1:
-            total = torch.as_tensor(self.all_gather(total)).view(world, 2).sum(0)
-        # Lightning divided each loss by the number of micro-batches, and DDP averages over ranks: both undone here.
-        scale = (self.trainer.accumulate_grad_batches * world / total[1].clamp(min=1)).float()
-        scale_([local(gradient) for gradient in gradients_of(optimizer)], scale)
-        self._log_step(total)
-
-    def _log_step(self, total: Tensor) -> None:
-        """``total``: [loss, tokens] of a step, of all processes."""
-        self.log("train/loss", (total[0] / total[1].clamp(min=1)).float(), prog_bar=True)
-        self.log("train/lr", float(self.trainer.optimizers[0].param_groups[0]["lr"]))
+        if not self._window.means:
+            total = self._window.close()
+            world = self.trainer.world_size
+            if world > 1:
+                total = torch.as_tensor(self.all_gather(total)).view(world, 2).sum(0)
+            self._sums = OnHost(total)
+            # Lightning divided each loss by the number of micro-batches, and DDP averages over ranks: both undone here.
+            scale = (self.trainer.accumulate_grad_batches * world / total[1].clamp(min=1)).float()
+            scale_([local(gradient) for gradient in gradients_of(optimizer)], scale)
+        assert self._sums is not None
+        loss, tokens = self._sums.get()
+        # Tensors of the host's: loggers would wait for those of a GPU, and so for the optimizer, before the next step.
+        self.log("train/loss", (loss / tokens.clamp(min=1)).float(), prog_bar=True)
+        self.log("train/lr", torch.tensor(float(optimizer.param_groups[0]["lr"])))
 
     def optimizer_step(
         self,

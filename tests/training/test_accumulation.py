@@ -15,7 +15,7 @@ from qtrain.data.datamodule import LanguageData
 from qtrain.kernels.adamw import adamw_
 from qtrain.training import gradients as early
 from qtrain.training import stochastic_adamw
-from qtrain.training.gradients import EarlyClip, early_clip, scale_
+from qtrain.training.gradients import EarlyClip, OnHost, early_clip, scale_
 from qtrain.training.module import LanguageModule
 from qtrain.training.trainer import trainer_arguments
 
@@ -169,3 +169,24 @@ def test_gradients_of_several_dtypes_are_scaled_in_their_own() -> None:
     scale_(found, factor)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=torch.finfo(one.dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_what_is_logged_lies_on_the_host(
+    accumulate: int, tiny_llama_dir: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A logger would wait for a GPU's tensor, and with it for all that was launched before."""
+    logged: dict[str, torch.Tensor] = {}
+    monkeypatch.setattr(LanguageModule, "log", lambda self, name, value, **_: logged.update({name: value}))
+    kept = gradients(tiny_llama_dir, chats, tmp_path, 8 // accumulate, accumulate)
+    assert kept and logged.keys() == {"train/loss", "train/lr"}
+    assert all(isinstance(value, torch.Tensor) and value.device.type == "cpu" for value in logged.values())
+
+
+@pytest.mark.gpu
+def test_sums_arrive_before_they_are_read() -> None:
+    x = torch.randn(4096, 4096, device="cuda")
+    for _ in range(20):
+        x = x @ x / 4096
+    total = torch.stack((x.double().sum() * 0 + 3.0, x.double().sum() * 0 + 4.0))
+    assert OnHost(total).get().tolist() == [3.0, 4.0]
