@@ -209,7 +209,6 @@ def test_the_failed_pass_is_let_go_before_the_next(tiny_llama_dir: Path, tmp_pat
     ("plan", "parts"),
     [(set(), 1), ({("forward", 1)}, 2), ({("backward", 1)}, 2), ({("backward", 1), ("backward", 3)}, 4)],
     ids=["whole", "forward-2", "backward-2", "backwards-4"],  # a set's own words come in any order
-    ids=str,
 )
 def test_gradients_of_one_micro_batch_are_those_of_the_mean(
     plan: set[tuple[str, int]], parts: int, tiny_llama: LlamaForCausalLM
