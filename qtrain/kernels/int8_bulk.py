@@ -41,7 +41,7 @@ SHARED_BYTES = 232_448
 
 def fits(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
     """Whether the kernel knows these operands [m, k] and [n, k]: on Hopper, rows of whole 16 bytes, and large."""
-    if not a.is_cuda or not _is_hopper(a.device.index) or dtype not in (torch.bfloat16, torch.float16):
+    if not a.is_cuda or not is_hopper(a.device.index) or dtype not in (torch.bfloat16, torch.float16):
         return False
     large = a.shape[0] >= TILE.m and b.shape[0] >= TILE.n
     return large and b.shape[0] % 8 == 0 and all(_copied(one) for one in (a, b))
@@ -102,7 +102,7 @@ def _copied(operand: Tensor) -> bool:
 
 
 @cache
-def _is_hopper(device: int) -> bool:
+def is_hopper(device: int) -> bool:
     """With its shared memory, of which 2 KB are left; for Blackwell Triton takes more, or other instructions."""
     return torch.cuda.get_device_capability(device)[0] == 9 and shared_memory(device) >= SHARED_BYTES
 

@@ -47,6 +47,12 @@ def plain_int8_matmul(
     return y.to(dtype)
 
 
+def tensor_core_words(device: torch.device) -> str:
+    """What multiplies bytes on a GPU with Triton."""
+    copied = int8_bulk is not None and device.type == "cuda" and int8_bulk.is_hopper(device.index or 0)
+    return "int8 tensor cores" + (", large operands by Hopper's copy engine" if copied else "")
+
+
 def integer_product(a: Tensor, b: Tensor) -> Tensor:
     """a b^T of int8 [m, k] and [n, k] as integers, int32 or whole numbers in float64."""
     fits = int_mm_is_exact() if not a.is_cuda else a.shape[0] > 16 and a.shape[1] % 8 == 0 and b.shape[0] % 8 == 0

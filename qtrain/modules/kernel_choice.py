@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from qtrain.kernels.int8_linear import lacks_int8_product
-from qtrain.kernels.int8_matmul import int_mm_is_exact
+from qtrain.kernels.int8_matmul import int_mm_is_exact, tensor_core_words
 from qtrain.modules.kernel_keys import AUTO, InputGradient, Kernels
 from qtrain.modules.quant_linear import QuantLinear
 
@@ -48,7 +48,7 @@ def kernel_lines(model: nn.Module) -> list[str]:
 
 def _products(layer: QuantLinear) -> str:
     if _on_gpu(layer) and code_rows is not None:
-        return "int8 tensor cores"
+        return tensor_core_words(layer.weight.device)
     if layer.weight.device.type == "cpu" and not int_mm_is_exact():
         return "summed in float64, for bytes saturate on this CPU"
     return "torch's integer product"
