@@ -19,6 +19,7 @@ from qtrain.models.config import ModelSection
 from qtrain.models.load import load_model
 from qtrain.modules.head import head_factors
 from qtrain.modules.token_loss import INPUTS
+from qtrain.modules.unbroken_rows import unbroken_rows
 
 Context = Callable[[], AbstractContextManager[Any]]
 
@@ -76,7 +77,7 @@ class Teacher:
 
     def _run(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
         inputs = {key: batch[key].to(self.device) for key in INPUTS if key in batch}
-        with torch.no_grad(), self._context():
+        with torch.no_grad(), self._context(), unbroken_rows(batch):
             return model(**inputs, use_cache=False)
 
 

@@ -16,6 +16,7 @@ from qtrain.distill.targets import Target, TeacherHead, TeacherLogits, TopK, sam
 from qtrain.distill.teacher import Teacher
 from qtrain.modules.head import head_factors
 from qtrain.modules.token_loss import INPUTS, ROWS, Loss
+from qtrain.modules.unbroken_rows import unbroken_rows
 
 
 def choose_online(
@@ -70,7 +71,8 @@ def _chunked(
 ) -> Loss:
     def loss(batch: Mapping[str, Tensor]) -> Tensor:
         wanted = target(batch)  # first: the teacher's activations are gone when the student's are kept
-        hidden = student.get_decoder()(**_inputs(batch), use_cache=False).last_hidden_state[:, :-1]
+        with unbroken_rows(batch):
+            hidden = student.get_decoder()(**_inputs(batch), use_cache=False).last_hidden_state[:, :-1]
         x, weight, bias = head(student, hidden)
         return linear_divergence(x, weight, wanted, batch["labels"][:, 1:], objective, bias)
 
@@ -80,7 +82,8 @@ def _chunked(
 def _whole(student: PreTrainedModel, objective: Objective, target: Callable[[Mapping[str, Tensor]], Target]) -> Loss:
     def loss(batch: Mapping[str, Tensor]) -> Tensor:
         wanted = target(batch)
-        logits = student(**_inputs(batch), use_cache=False).logits[:, :-1]
+        with unbroken_rows(batch):
+            logits = student(**_inputs(batch), use_cache=False).logits[:, :-1]
         return logits_divergence(logits, wanted, batch["labels"][:, 1:], objective)
 
     return loss

@@ -333,7 +333,7 @@ class LanguageModule(L.LightningModule):
         self._clip = early_clip(self.trainer) if self._window.means else None
 
     def on_after_backward(self) -> None:
-        """Send the sums of a step to the host, where its gradients are means already; ``NanGuard`` waits anyway."""
+        """Send the sums of a step to the host, where its gradients are means already."""
         assert self._window is not None
         if self._window.means:
             self._sums = OnHost(self._window.close())
@@ -350,11 +350,6 @@ class LanguageModule(L.LightningModule):
             # Lightning divided each loss by the number of micro-batches, and DDP averages over ranks: both undone here.
             scale = (self.trainer.accumulate_grad_batches * world / total[1].clamp(min=1)).float()
             scale_([local(gradient) for gradient in gradients_of(optimizer)], scale)
-        assert self._sums is not None
-        loss, tokens = self._sums.get()
-        # Tensors of the host's: loggers would wait for those of a GPU, and so for the optimizer, before the next step.
-        self.log("train/loss", (loss / tokens.clamp(min=1)).float(), prog_bar=True)
-        self.log("train/lr", torch.tensor(float(optimizer.param_groups[0]["lr"])))
 
     def optimizer_step(
         self,
@@ -363,9 +358,14 @@ class LanguageModule(L.LightningModule):
         optimizer: torch.optim.Optimizer | LightningOptimizer,
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
-        """Step, and let go of the gradients: Lightning would keep them through the next forward pass."""
+        """Step, let go of the gradients, which Lightning would keep through the next forward pass, and log."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         optimizer.zero_grad(set_to_none=True)
+        assert self._sums is not None
+        loss, tokens = self._sums.get()  # once the optimizer is launched: it runs while the host goes on
+        # Tensors of the host's: loggers would wait for those of a GPU, and so for the optimizer, before the next step.
+        self.log("train/loss", (loss / tokens.clamp(min=1)).float(), prog_bar=True)
+        self.log("train/lr", torch.tensor(float(optimizer.param_groups[0]["lr"])))
 
     def configure_gradient_clipping(
         self,
