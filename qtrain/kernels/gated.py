@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qtrain.kernels.room import NO_ROOM, Room, roomy
+
 try:
     from qtrain.kernels import gated_tiles
 except ImportError:  # Triton comes with torch where there is a GPU
@@ -16,26 +18,36 @@ except ImportError:  # Triton comes with torch where there is a GPU
 Activation = Callable[[Tensor], Tensor]
 
 
-def gated(activation: Activation, gate: Tensor, up: Tensor) -> Tensor:
-    """f(g) * u of equal shapes, for any f that looks at one number at a time; ``F.silu`` has a kernel (SwiGLU)."""
+def gated(activation: Activation, gate: Tensor, up: Tensor, room: Room = NO_ROOM) -> Tensor:
+    """f(g) * u of equal shapes, for any f that looks at one number at a time; ``F.silu`` has a kernel (SwiGLU).
+
+    Args:
+        room: beside each row of the result; of two dimensions then.
+    """
     if _one_pass(activation, gate):
-        return gated_tiles.forward(gate, up)
-    return activation(gate).mul(up)
+        return gated_tiles.forward(gate, up, room)
+    return _placed(activation(gate).mul(up), room)
 
 
-def gated_backward(activation: Activation, gate: Tensor, up: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(h, dL/dg, dL/du) from g, u and dL/dh: h for the gradient of what multiplied it."""
+def gated_backward(
+    activation: Activation, gate: Tensor, up: Tensor, gradient: Tensor, room: Room = NO_ROOM
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(h, dL/dg, dL/du) from g, u and dL/dh: h for the gradient of what multiplied it.
+
+    Args:
+        room: beside each row of dL/du; of two dimensions then.
+    """
     if _one_pass(activation, gate):
-        return gated_tiles.backward(gate, up, gradient)
+        return gated_tiles.backward(gate, up, gradient, room)
     if activation is F.silu:
         opened = F.silu(gate)
         d_gate: Tensor = torch.ops.aten.silu_backward(gradient * up, gate)
-        return opened * up, d_gate, opened.mul_(gradient)
+        return opened * up, d_gate, _placed(opened.mul_(gradient), room)
     with torch.enable_grad():
         g, u = gate.detach().requires_grad_(), up.detach().requires_grad_()
         h = activation(g) * u
         d_gate, d_up = torch.autograd.grad(h, (g, u), gradient)
-    return h.detach(), d_gate, d_up
+    return h.detach(), d_gate, _placed(d_up, room)
 
 
 def gated_path(device: torch.device) -> str:
@@ -45,3 +57,7 @@ def gated_path(device: torch.device) -> str:
 
 def _one_pass(activation: Activation, gate: Tensor) -> bool:
     return gated_tiles is not None and activation is F.silu and gated_tiles.fits(gate)
+
+
+def _placed(x: Tensor, room: Room) -> Tensor:
+    return x if room == NO_ROOM else roomy(x, room).copy_(x)

@@ -8,18 +8,24 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qtrain.kernels.room import NO_ROOM, Spare, roomy
+
 try:
     from qtrain.kernels import rms_norm_tiles
 except ImportError:  # Triton comes with torch where there is a GPU
     rms_norm_tiles = None  # type: ignore[assignment]
 
 
-def frozen_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def frozen_rms_norm(x: Tensor, weight: Tensor, eps: float, spare: Spare | None = None) -> Tensor:
     """y [.., n] of x [.., n], x r rounded to x's dtype before it is multiplied with w, as Llama does it.
 
     Saved for the backward: x, and r in fp32. The gradient reaches x alone.
+
+    Args:
+        spare: what the readers of y ask for, by whom it is asked for more.
     """
-    y: Tensor = _FrozenRmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    trains = x.requires_grad and torch.is_grad_enabled()
+    y: Tensor = _FrozenRmsNorm.apply(x, weight, eps, spare if trains else None)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -32,19 +38,26 @@ def fits(x: Tensor, weight: Tensor | None) -> bool:
 
 class _FrozenRmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, spare: Spare | None) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        y, r = rms_norm_tiles.forward(rows, weight, eps) if _one_pass(rows) else plain_forward(rows, weight, eps)
+        room = spare.room if spare else NO_ROOM
+        y = roomy(rows, room)
+        if _one_pass(rows):
+            r = rms_norm_tiles.forward(rows, weight, eps, y)
+        else:
+            own, r = plain_forward(rows, weight, eps)
+            y.copy_(own)
         ctx.save_for_backward(x, weight, r)
+        ctx.spare, ctx.room = spare, room
         return y.view(x.shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         x, weight, r = ctx.saved_tensors
         rows, dy = x.reshape(-1, x.shape[-1]), gradients[0].reshape(-1, x.shape[-1])
         dx = rms_norm_tiles.backward(rows, weight, r, dy) if _one_pass(rows) else plain_backward(rows, weight, r, dy)
-        return dx.view(x.shape), None, None
+        return dx.view(x.shape), None, None, None
 
 
 def plain_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

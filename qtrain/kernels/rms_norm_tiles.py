@@ -24,12 +24,13 @@ def fits(x: Tensor) -> bool:
     return x.is_cuda and known and x.numel() > 0 and x.shape[-1] <= LONGEST
 
 
-def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(y [rows, n], r fp32 [rows])."""
+def forward(x: Tensor, weight: Tensor, eps: float, y: Tensor) -> Tensor:
+    """r fp32 [rows]; y [rows, n] is written, its rows may lie apart."""
+    assert y.stride(1) == 1
     x, weight = x.contiguous(), weight.contiguous()
-    y, r = torch.empty_like(x), torch.empty(len(x), dtype=torch.float32, device=x.device)
-    _forward[(len(x),)](x, weight, y, r, x.shape[1], eps, **_constants(x.shape[1]))
-    return y, r
+    r = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    _forward[(len(x),)](x, weight, y, r, x.shape[1], y.stride(0), eps, **_constants(x.shape[1]))
+    return r
 
 
 def backward(x: Tensor, weight: Tensor, r: Tensor, dy: Tensor) -> Tensor:
@@ -46,7 +47,7 @@ def _constants(size: int) -> dict[str, int]:
 
 
 @triton.jit
-def _forward(x_ptr, w_ptr, y_ptr, r_ptr, size, eps, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _forward(x_ptr, w_ptr, y_ptr, r_ptr, size, y_stride, eps, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     there = column < size
@@ -55,7 +56,7 @@ def _forward(x_ptr, w_ptr, y_ptr, r_ptr, size, eps, BLOCK: tl.constexpr):  # typ
     r = tl.math.rsqrt(tl.sum(x * x, axis=0) / size + eps)
     tl.store(r_ptr + row, r)
     own = _to(x * r, y_ptr.dtype.element_ty).to(tl.float32)
-    tl.store(y_ptr + row * size + column, _to(own * w, y_ptr.dtype.element_ty), mask=there)
+    tl.store(y_ptr + row * y_stride + column, _to(own * w, y_ptr.dtype.element_ty), mask=there)
 
 
 @triton.jit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qtrain.kernels.rms_norm import fits, frozen_rms_norm
+from qtrain.kernels.room import Spare
 
 
 def fuse_layers(model: PreTrainedModel, device: torch.device, asked: str) -> str:
@@ -50,11 +51,12 @@ class _Norm:
 
     module: Any
     forward: Callable[[Tensor], Tensor]
+    spare: Spare = field(default_factory=Spare)
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         weight = self.module.weight
         if fits(hidden_states, weight):
-            return frozen_rms_norm(hidden_states, weight, self.module.variance_epsilon)
+            return frozen_rms_norm(hidden_states, weight, self.module.variance_epsilon, self.spare)
         return self.forward(hidden_states)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qtrain.kernels.codes import turned
 from qtrain.kernels.fp8_product import Fp8Rows, fp8_matmul, fp8_rows, has_fp8
-from qtrain.kernels.lora_product import FrozenWeight
+from qtrain.kernels.lora_part import FrozenWeight
 from qtrain.kernels.shared_input import Latest
 from qtrain.modules.frozen_weight import Dequantized, Int8
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qtrain.kernels.lora_product import FrozenWeight
+from qtrain.kernels.lora_part import FrozenWeight
 from qtrain.kernels.nf4_dequantize import Dequantize, nf4_dequantize, writes_apart
 from qtrain.modules.frozen_linear import frozen_kind
 from qtrain.modules.packed_linear import PackedLinear
@@ -92,6 +92,14 @@ class FourBit(Dequantized):
         rows, columns = state.shape
         whole = self._workspace.take((rows, before + columns + after), dtype, words.device)
         self._dequantize(words, state, dtype, whole[:, before : before + columns])
+        return whole
+
+    def heightened(self, dtype: torch.dtype, below: int) -> Tensor:
+        """[out + below, in], W first and the rest to be written; overwritten by the next one."""
+        words, state = self._layer.weight, self._layer.quant_state
+        rows, columns = state.shape
+        whole = self._workspace.take((rows + below, columns), dtype, words.device)
+        self._dequantize(words, state, dtype, whole[:rows])
         return whole
 
 

@@ -16,7 +16,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from qtrain.kernels.gated import Activation
-from qtrain.kernels.lora_product import Compute, FrozenWeight, LoraLinear, lora_mlp, lora_products
+from qtrain.kernels.lora_part import FrozenWeight
+from qtrain.kernels.lora_product import Compute, LoraLinear, lora_mlp, lora_products
 from qtrain.modules.shared_outputs import SharedOutputs
 
 Forward = Callable[..., Any]

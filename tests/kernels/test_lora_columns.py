@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from qtrain.kernels.lora_columns import Sides
 from qtrain.kernels.lora_product import Compute, LoraLinear, lora_mlp, lora_products
+from qtrain.kernels.rms_norm import frozen_rms_norm
+from qtrain.kernels.room import Room, Spare
 from qtrain.modules.frozen_weight import Dense
 
 EXACT = Compute(torch.float64, torch.float64)
@@ -22,7 +24,7 @@ class Roomy(Dense):
     """A weight that is written where others were, columns beside it included."""
 
     memory = torch.empty(4096, dtype=torch.float64)
-    asked = 0
+    asked = below = 0
 
     def widens(self, dtype: torch.dtype, ranks: Sequence[int]) -> bool:
         return True
@@ -34,6 +36,14 @@ class Roomy(Dense):
         whole = self.memory[: rows * (before + columns + after)].view(rows, -1)
         whole[:, before : before + columns] = weight
         Roomy.asked += 1
+        return whole
+
+    def heightened(self, dtype: torch.dtype, below: int) -> Tensor:
+        weight: Tensor = self._layer.weight
+        self.memory.fill_(float("nan"))
+        whole = self.memory[: (len(weight) + below) * weight.shape[1]].view(-1, weight.shape[1])
+        whole[: len(weight)] = weight
+        Roomy.below += 1
         return whole
 
 
@@ -98,16 +108,17 @@ def test_one_product_is_the_plain_sum(rows: list[int], columns: int, parts: list
     check(with_gradients(found, leaves), with_gradients([plain(x, linear) for linear in own], leaves))
 
 
-def test_gate_and_up_of_an_mlp_are_products_of_the_wider_input() -> None:
+def test_an_mlp_is_products_of_wider_inputs_and_gradients() -> None:
     parts = linears([(5, 6, 2), (5, 6, 1), (6, 4, 3)], bias=True)
     gate, up, down = parts
     x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
     leaves = [x, *(factor for linear in parts for factor in (linear.a, linear.b))]
-    before = Roomy.asked
+    before, below = Roomy.asked, Roomy.below
     found = lora_mlp(x, (gate, up, down), F.silu, EXACT)
-    assert Roomy.asked == before + 2
+    assert Roomy.asked == before + 3
     wanted = plain(F.silu(plain(x, gate)) * plain(x, up), down)
     check(with_gradients([found], leaves), with_gradients([wanted], leaves))
+    assert Roomy.below == below + 2  # up's with A of both, down's with its own
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
@@ -121,3 +132,56 @@ def test_gradcheck(dropout: float) -> None:
         return lora_products(x, own, EXACT._replace(dropout=dropout))
 
     assert torch.autograd.gradcheck(products, (x, *(factor for part in parts for factor in (part.a, part.b))))
+
+
+@pytest.mark.parametrize("rows", [1, 6])
+def test_a_norm_leaves_room_beside_its_rows(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the second time on: the first time it is asked to."""
+    parts = linears([(5, 6, 2), (5, 3, 1), (5, 4, 3)], bias=False)
+    spare, weight = Spare(), torch.linspace(1, 2, 5, dtype=torch.float64)
+    seen: list[tuple[int, ...]] = []
+    product = F.linear
+
+    def noted(x: Tensor, *others: Tensor | None) -> Tensor:
+        seen.append((x.untyped_storage().data_ptr(), *x.stride()))
+        return product(x, *others)
+
+    for again in range(3):
+        x = torch.randn(rows, 5, dtype=torch.float64, requires_grad=True)
+        leaves = [x, *(factor for linear in parts for factor in (linear.a, linear.b))]
+        normed = frozen_rms_norm(x, weight, 1e-5, spare)
+        upper = torch.randn_like(normed)
+        with monkeypatch.context() as patch:
+            patch.setattr(F, "linear", noted)
+            ys = lora_products(normed, parts, EXACT)
+        used = {one[0] for one in seen}
+        assert ({normed.untyped_storage().data_ptr()} == used) == (again > 0) and len(used) == 1
+        assert spare.room == (5, 1) and all(one[1:] == (11, 1) for one in seen)
+        seen.clear()
+        other = frozen_rms_norm(x, weight, 1e-5)
+        assert torch.equal(normed, other) and other.is_contiguous()
+        # Another reader of the norm's output, whose gradient needs it as it was.
+        found = with_gradients([*ys, normed.square() * upper], leaves)
+        check(found, with_gradients([*(plain(other, part) for part in parts), other.square() * upper], leaves))
+
+
+def test_readers_that_ask_for_different_room_are_both_right() -> None:
+    first, second = linears([(5, 6, 2), (5, 3, 1)], bias=False), linears([(5, 4, 3), (5, 4, 3)], bias=True)
+    spare, weight = Spare(), torch.ones(5, dtype=torch.float64)
+    for _ in range(3):
+        x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+        leaves = [x, *(factor for linear in (*first, *second) for factor in (linear.a, linear.b))]
+        normed, other = frozen_rms_norm(x, weight, 1e-5, spare), frozen_rms_norm(x, weight, 1e-5)
+        found = [*lora_products(normed, first, EXACT), *lora_products(normed, second, EXACT)]
+        check(with_gradients(found, leaves), with_gradients([plain(other, p) for p in (*first, *second)], leaves))
+
+
+def test_without_gradients_no_room_is_left() -> None:
+    spare = Spare()
+    spare.room = Room(2, 3)
+    x, weight = torch.randn(4, 5, requires_grad=True), torch.ones(5)
+    with torch.no_grad():
+        assert frozen_rms_norm(x, weight, 1e-5, spare).is_contiguous()
+    assert frozen_rms_norm(x.detach(), weight, 1e-5, spare).is_contiguous()
+    y = frozen_rms_norm(x, weight, 1e-5, spare)
+    assert y.stride() == (10, 1) and torch.equal(y, frozen_rms_norm(x, weight, 1e-5))

@@ -433,12 +433,13 @@ def test_the_workspace_is_one_memory_for_all_shapes() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("rank", [4, 8])  # beside a weight written anew there is room for multiples of eight
 @pytest.mark.parametrize("base", BASES)
-def test_on_a_gpu_within_the_rounding_of_bf16(base: str, decoder: Decoder) -> None:
+def test_on_a_gpu_within_the_rounding_of_bf16(base: str, rank: int, decoder: Decoder) -> None:
     device = torch.device("cuda")
     context = partial(torch.autocast, "cuda", dtype=torch.bfloat16)
     model = decoder("llama", hidden_size=256, intermediate_size=512, head_dim=64).to(torch.bfloat16)
-    found = adapted(model, base, torch.bfloat16, device=device)
+    found = adapted(model, base, torch.bfloat16, device=device, r=rank)
 
     def outcome() -> dict[str, Tensor]:
         found.zero_grad()
