@@ -183,8 +183,13 @@ class LayerGraphs:
 
 
 def _capture(slots: tuple[nn.Module, ...], samples: tuple[tuple[Tensor, ...], ...]) -> Sequence[Callable[..., Any]]:
-    with torch.autocast("cuda", enabled=False):
-        graphed = torch.cuda.make_graphed_callables(slots, samples, allow_unused_input=True)
+    # torch holds the last layer's outputs of its warm-up, on another stream, while it captures, and warns of it itself.
+    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
+    try:
+        with torch.autocast("cuda", enabled=False):
+            graphed = torch.cuda.make_graphed_callables(slots, samples, allow_unused_input=True)
+    finally:
+        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(True)
     return list(graphed)
 
 
