@@ -107,9 +107,25 @@ def has_kernel() -> bool:
     return adamw8_tiles is not None
 
 
-def adamw8_(tensors: Sequence[Parts], step: AdamW8Step, maps: Maps) -> None:
-    """One step on all of them, in place, in one launch on the current stream; they fit, and are of one dtype."""
-    adamw8_tiles.adamw8_(tensors, step, maps)
+def adamw8_(tensors: Sequence[Parts], step: AdamW8Step, maps: Maps, factor: Tensor | None = None) -> None:
+    """One step on all of them, in place, in one launch on the current stream; they fit, and are of one dtype.
+
+    Args:
+        factor: of the gradients, fp32 [] on their device.
+    """
+    Tensors(tensors).step_([parts.gradient for parts in tensors], step, maps, factor)
+
+
+class Tensors:
+    """Those of many steps, as long as they and their states lie where they do."""
+
+    def __init__(self, tensors: Sequence[Parts]) -> None:
+        self._table = adamw8_tiles.table(tensors)
+
+    def step_(self, gradients: Sequence[Tensor], step: AdamW8Step, maps: Maps, factor: Tensor | None = None) -> None:
+        """``adamw8_`` with other gradients, which fit as those fitted that were there first."""
+        places = [gradient.data_ptr() for gradient in gradients]
+        adamw8_tiles.adamw8_(self._table, places, step, maps, factor)
 
 
 def fits(parts: Parts) -> bool:
@@ -123,16 +139,22 @@ def fits(parts: Parts) -> bool:
         and absmax1.dtype == absmax2.dtype == torch.float32
         and weight.numel() == gradient.numel() == codes1.numel() == codes2.numel()
         and absmax1.numel() == absmax2.numel() == -(-weight.numel() // BLOCK)
-        and all(adamw8_tiles.reaches(part) and part.is_contiguous() and part.data_ptr() % 16 == 0 for part in parts)
+        and all(map(readable, parts))
     )
 
 
+def readable(part: Tensor) -> bool:
+    """Whether the kernel can read it 16 bytes at a time."""
+    return adamw8_tiles.reaches(part) and part.is_contiguous() and part.data_ptr() % 16 == 0
+
+
 @torch.no_grad()
-def plain_(parts: Parts, step: AdamW8Step, maps: Maps) -> None:
+def plain_(parts: Parts, step: AdamW8Step, maps: Maps, factor: Tensor | None = None) -> None:
     """``adamw8_`` of one tensor in PyTorch's operations."""
     weight = parts.weight
     # What fills the last block is not finite either.
     w, g = _blocks(weight.float()), _blocks(parts.gradient.float(), torch.inf)
+    g = g if factor is None else g * factor
     m, v = (
         values[_blocks(codes).int()] * absmax.unsqueeze(1)
         for values, codes, absmax in zip(maps[:2], parts[2:4], parts[4:], strict=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -25,21 +26,41 @@ def reaches(x: Tensor) -> bool:
     return x.is_cuda or getattr(x, "is_paged", False)
 
 
-def adamw8_(tensors: Sequence[tuple[Tensor, ...]], step: tuple[float, ...], maps: tuple[Tensor, ...]) -> None:
+class Table(NamedTuple):
+    """Where tensors lie [n, 7]: parts but the gradient, size, first program of each; and the tensor of a program."""
+
+    places: Tensor
+    owners: Tensor
+    dtype: torch.dtype
+
+
+def table(tensors: Sequence[tuple[Tensor, ...]]) -> Table:
+    """Of ``Parts`` that fit, of one dtype, for as long as they lie where they do."""
+    rows = tuple((w.data_ptr(), *(part.data_ptr() for part in states), w.numel()) for w, _, *states in tensors)
+    return Table(*_tables(rows, tensors[0][0].device), tensors[0][0].dtype)
+
+
+def adamw8_(
+    table: Table,
+    gradients: Sequence[int],
+    step: tuple[float, ...],
+    maps: tuple[Tensor, ...],
+    factor: Tensor | None = None,
+) -> None:
     """One step on the current stream, in place.
 
     Args:
-        tensors: ``Parts`` that fit, of one dtype.
+        gradients: where they lie.
         step, maps: an ``AdamW8Step``, and ``Maps``.
+        factor: of the gradients, fp32 [] on their device.
     """
     device = maps[0].device
-    rows = tuple((w.data_ptr(), *(part.data_ptr() for part in states), w.numel()) for w, _, *states in tensors)
-    places, owners = _tables(rows, device)
     # From pinned memory, of its own at each step: the host goes on, and may be at the next step before it is copied.
-    gradients = torch.tensor([g.data_ptr() for _, g, *_ in tensors], pin_memory=device.type == "cuda")
-    _adamw8[(len(owners),)](
-        *(places, gradients.to(device, non_blocking=True), owners, *maps, *step),
-        DTYPE=_TYPES[tensors[0][0].dtype],
+    places = torch.tensor(gradients, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    _adamw8[(len(table.owners),)](
+        *(table.places, places, table.owners, *maps, *step, maps[0] if factor is None else factor),
+        DTYPE=_TYPES[table.dtype],
+        FACTOR=factor is not None,
         BLOCKS=BLOCKS,
         MORE1=maps[2].numel() - 255,
         MORE2=maps[3].numel() - 255,
@@ -50,7 +71,6 @@ def adamw8_(tensors: Sequence[tuple[Tensor, ...]], step: tuple[float, ...], maps
 
 @lru_cache(maxsize=64)
 def _tables(rows: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows with each tensor's first program [n, 7], and the tensor of each program."""
     programs = torch.tensor([triton.cdiv(row[-1], BLOCKS * 256) for row in rows])
     first = programs.cumsum(0) - programs
     places = torch.cat([torch.tensor(rows), first.unsqueeze(1)], dim=1)
@@ -95,7 +115,9 @@ def _block(  # type: ignore[no-untyped-def]
     rate,
     spread,
     kept,
+    factor_ptr,
     WHOLE: tl.constexpr,
+    FACTOR: tl.constexpr,
     MORE1: tl.constexpr,
     MORE2: tl.constexpr,
 ):
@@ -103,6 +125,8 @@ def _block(  # type: ignore[no-untyped-def]
     there = tl.full([256], True, tl.int1) if WHOLE else place < left
     # Past the end as where the gradient is not finite: both moments are 0 there.
     g = tl.load(g_ptr + place, mask=there, other=float("inf")).to(tl.float32)
+    if FACTOR:
+        g = g * tl.load(factor_ptr)
     w = tl.load(w_ptr + place, mask=there, other=0.0).to(tl.float32)
     m = tl.load(values1_ptr + tl.load(codes1_ptr + place, mask=there, other=0).to(tl.int32))
     v = tl.load(values2_ptr + tl.load(codes2_ptr + place, mask=there, other=0).to(tl.int32))
@@ -137,7 +161,9 @@ def _adamw8(  # type: ignore[no-untyped-def]
     rate,
     spread,
     kept,
+    factor_ptr,
     DTYPE: tl.constexpr,
+    FACTOR: tl.constexpr,
     BLOCKS: tl.constexpr,
     MORE1: tl.constexpr,
     MORE2: tl.constexpr,
@@ -160,12 +186,12 @@ def _adamw8(  # type: ignore[no-untyped-def]
                 *(w_ptr + start, g_ptr + start, codes1_ptr + start, codes2_ptr + start),
                 *(absmax1_ptr + block, absmax2_ptr + block, left),
                 *(values1_ptr, values2_ptr, bounds1_ptr, bounds2_ptr, starts1_ptr, starts2_ptr),
-                *(beta1, share1, beta2, share2, rate, spread, kept, True, MORE1, MORE2),
+                *(beta1, share1, beta2, share2, rate, spread, kept, factor_ptr, True, FACTOR, MORE1, MORE2),
             )
         elif left > 0:
             _block(
                 *(w_ptr + start, g_ptr + start, codes1_ptr + start, codes2_ptr + start),
                 *(absmax1_ptr + block, absmax2_ptr + block, left),
                 *(values1_ptr, values2_ptr, bounds1_ptr, bounds2_ptr, starts1_ptr, starts2_ptr),
-                *(beta1, share1, beta2, share2, rate, spread, kept, False, MORE1, MORE2),
+                *(beta1, share1, beta2, share2, rate, spread, kept, factor_ptr, False, FACTOR, MORE1, MORE2),
             )

@@ -8,18 +8,20 @@ bitsandbytes' own and so are state dicts.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import bitsandbytes as bnb
 import torch
 from bitsandbytes.optim import optimizer as upstream
 from torch import Tensor
+from torch.optim import Optimizer
 
 from qtrain.kernels import adamw8
 from qtrain.kernels.adamw8 import AdamW8Step, Maps, Parts
+from qtrain.training.gradients import gradients_of, scale_
 
 ROOM = 0.1
 """Share of the GPU's memory that is free where no pages have to be fetched."""
@@ -27,16 +29,52 @@ MAPS = {"qmap1": "dynamic", "qmap2": "udynamic"}
 """In a parameter's state, and in the optimizer."""
 
 
+class _Together:
+    """Parameters that were updated in one launch, with what must be as it was for another one."""
+
+    def __init__(self, gindex: int, found: Sequence[tuple[dict[str, Any], Parts]]) -> None:
+        self.gindex, self.count = gindex, len(found)
+        self._known = [(parts.weight, parts.weight.data_ptr(), state, state["state1"]) for state, parts in found]
+        self._tensors = adamw8.Tensors([parts for _, parts in found])
+
+    def gradients(self, states: Mapping[Tensor, dict[str, Any]]) -> list[Tensor] | None:
+        """Of all of them by now; None where anything else is there than was."""
+        found = []
+        for weight, place, state, codes in self._known:
+            gradient = weight.grad
+            same = weight.data_ptr() == place and states[weight] is state and state["state1"] is codes
+            if gradient is None or gradient.dtype != weight.dtype or not same or not adamw8.readable(gradient):
+                return None
+            found.append(gradient)
+        return found
+
+    def step_(self, gradients: Sequence[Tensor], group: Mapping[str, Any], maps: Maps, factor: Tensor | None) -> None:
+        """The update of all, whose counts go on."""
+        step = self._known[0][2]["step"] + 1
+        for _, _, state, _ in self._known:
+            state["step"] = step
+        rates = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+        self._tensors.step_(gradients, AdamW8Step.of(step, **rates), maps, factor)
+
+
 class _OneLaunch:
     """Parameters that the kernel knows are put down as bitsandbytes comes by, and updated together at the end.
 
+    Where those were all, they are not come by again as long as everything lies where it did: 448 times 20 us of the
+    host, and the GPU has nothing to do once ``NanGuard`` has waited for it.
+
     Kernels of one stream run in order, on paged states too: the host goes on, and waits where it reads managed memory
     itself, in ``state_dict``. bitsandbytes' kernels run on the default stream: on another one its waits stay.
+
+    Attributes:
+        gradient_factor: fp32 [], by which the next step multiplies each gradient; for that step alone.
     """
 
+    gradient_factor: Tensor | None = None
     _roomy = False
     _device: torch.device | None = None
-    _found: dict[tuple[int, int, torch.dtype], list[Parts]] | None = None
+    _found: dict[tuple[int, int, torch.dtype], list[tuple[dict[str, Any], Parts]]] | None = None
+    _together: Sequence[_Together] = ()
     _maps: Maps | None = None
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -45,19 +83,44 @@ class _OneLaunch:
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        factor, self.gradient_factor = self.gradient_factor, None  # after the closure, which may have set it
+        self._roomy = _has_room()
+        try:
+            if not self._again(factor):
+                self._one_by_one(factor)
+        finally:
+            self._roomy = False
+        return loss
+
+    def _again(self, factor: Tensor | None) -> bool:
+        """Whether everything was as it was, and is updated."""
+        groups, count = self.param_groups, sum(one.count for one in self._together)  # type: ignore[attr-defined]
+        all_known = count and count == sum(len(group["params"]) for group in groups)
+        if not (self._roomy and all_known and self._plain()):
+            return False
+        found = [one.gradients(self.state) for one in self._together]  # type: ignore[attr-defined]
+        gradients = [own for own in found if own is not None]
+        if len(gradients) < len(found):
+            return False
+        assert self._maps is not None
+        for one, own in zip(self._together, gradients, strict=True):
+            one.step_(own, groups[one.gindex], self._maps, factor)
+        return True
+
+    def _one_by_one(self, factor: Tensor | None) -> None:
         waits, self._device = not hasattr(upstream, "sync_gpu"), torch.device("cpu")
         if torch.cuda.is_available():
-            free, whole = torch.cuda.mem_get_info()
-            self._roomy, self._device = free > ROOM * whole, torch.device("cuda", torch.cuda.current_device())
+            self._device = torch.device("cuda", torch.cuda.current_device())
             waits = waits or torch.cuda.current_stream() != torch.cuda.default_stream()
+        if factor is not None:
+            scale_(gradients_of(cast(Optimizer, self)), factor)
         self._found = defaultdict(list) if self._plain() else None
         try:
             with nullcontext() if waits else mock.patch.object(upstream, "sync_gpu", lambda tensor: None):
                 super().step()  # type: ignore[misc]
             self._launch()
         finally:
-            self._roomy, self._found = False, None
-        return loss
+            self._found = None
 
     def prefetch_state(self, p: Tensor) -> None:
         """Bring pages of a parameter's state to the GPU, where they may have left it."""
@@ -70,16 +133,14 @@ class _OneLaunch:
         if self._found is not None and gradient is not None and p.device == self._device and "qmap1" in state:
             parts = Parts(p, gradient, *(state[name] for name in ("state1", "state2", "absmax1", "absmax2")))
             if adamw8.fits(parts) and self._shares_maps(p, state):
-                state["step"] += 1
-                self._found[gindex, state["step"], p.dtype].append(parts)
+                self._found[gindex, state["step"], p.dtype].append((state, parts))
                 return
         super().update_step(group, p, gindex, pindex)  # type: ignore[misc]
 
     def _plain(self) -> bool:
         """Whether states are of 8 bits, and nothing is asked of single parameters."""
         own: Any = self
-        overridden = own.mng.index2config or own.mng.pid2config or own.mng.module_weight_config_triple
-        return bool(own.name2qmap) and not overridden and not own.args.skip_zeros
+        return bool(own.name2qmap) and not (own.mng.index2config or own.mng.pid2config or own.args.skip_zeros)
 
     def _shares_maps(self, p: Tensor, state: dict[str, Any]) -> bool:
         """Whether codes mean what they do in all states. Those of a checkpoint have maps of their own, till now."""
@@ -93,13 +154,15 @@ class _OneLaunch:
         return True
 
     def _launch(self) -> None:
-        for (gindex, step, _), found in (self._found or {}).items():
+        together = []
+        for (gindex, _, _), found in (self._found or {}).items():
             one, other = (self.name2qmap[name] for name in MAPS.values())  # type: ignore[attr-defined]
             if self._maps is None or self._maps.values1 is not one or self._maps.values2 is not other:
                 self._maps = Maps.of(one, other)
-            group = self.param_groups[gindex]  # type: ignore[attr-defined]
-            numbers = AdamW8Step.of(step, **{key: group[key] for key in ("lr", "betas", "eps", "weight_decay")})
-            adamw8.adamw8_(found, numbers, self._maps)
+            together.append(_Together(gindex, found))
+            gradients = [parts.gradient for _, parts in found]
+            together[-1].step_(gradients, self.param_groups[gindex], self._maps, None)  # type: ignore[attr-defined]
+        self._together = together
 
     def state_dict(self) -> dict[str, Any]:
         """After what was launched."""
@@ -119,6 +182,14 @@ class PagedAdamW8bit(_OneLaunch, bnb.optim.PagedAdamW8bit):
 
 class PagedAdamW32bit(_OneLaunch, bnb.optim.PagedAdamW32bit):
     """States of 32 bits, paged."""
+
+
+def _has_room() -> bool:
+    """Whether pages of states stay where they are."""
+    if not torch.cuda.is_available():
+        return True
+    free, whole = torch.cuda.mem_get_info()
+    return free > ROOM * whole
 
 
 def detour_words(name: str, device: torch.device) -> str:

@@ -51,7 +51,6 @@ from qtrain.training.recompute import Recompute
 from qtrain.training.recompute_budget import settle
 from qtrain.training.recompute_retry import AccumulationWindow
 from qtrain.training.sharding import as_forward, local, shard
-from qtrain.training.stochastic_adamw import StochasticAdamW
 from qtrain.training.teacher_cache import cached_logits, training_rows
 
 
@@ -384,7 +383,7 @@ class LanguageModule(L.LightningModule):
         sharded = any(isinstance(gradient, DTensor) for gradient in gradients)
         if gradient_clip_algorithm == "value":
             torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
-        elif isinstance(optimizer, StochasticAdamW) and not sharded:
+        elif hasattr(optimizer, "gradient_factor") and not sharded:
             early = self._clip.factor(gradients) if self._clip else None
             optimizer.gradient_factor = clip_factor(gradients, gradient_clip_val) if early is None else early
         elif (

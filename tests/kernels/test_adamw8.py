@@ -221,13 +221,13 @@ def test_what_does_not_fit_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_optimizer_launches_once_for_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small ones and late ones too: against bitsandbytes' own, to which it goes over in the middle, and back."""
     launched: list[tuple[int, AdamW8Step]] = []
-    launch = adamw8.adamw8_
+    launch = adamw8.adamw8_tiles.adamw8_
 
-    def noted(tensors: list[Parts], step: AdamW8Step, maps: Maps) -> None:
-        launched.append((len(tensors), step))
-        launch(tensors, step, maps)
+    def noted(table: Any, gradients: list[int], step: AdamW8Step, *others: Any) -> None:
+        launched.append((len(gradients), step))
+        launch(table, gradients, step, *others)
 
-    monkeypatch.setattr(adamw8, "adamw8_", noted)
+    monkeypatch.setattr(adamw8.adamw8_tiles, "adamw8_", noted)
     monkeypatch.setattr(adamw8.adamw8_tiles, "reaches", lambda x: True)
 
     def made(cls: Any) -> tuple[list[Tensor], Any]:
@@ -258,3 +258,62 @@ def test_the_optimizer_launches_once_for_a_group(monkeypatch: pytest.MonkeyPatch
             assert apart.max() < 1e-3 and apart.mean() < 1e-5 and (step > 0 or apart.max() < 1e-6)
     assert [optimizer.state[one]["step"] for one in ours] == [4, 4, 4, 3, 4]
     assert optimizer.state[ours[0]]["qmap1"] is optimizer.state[ours[4]]["qmap1"]
+
+
+@KERNEL
+def test_a_factor_is_that_of_the_gradients() -> None:
+    ours, scaled = ([example(size, torch.float32) for size in (300, 2048)] for _ in range(2))
+    factor = torch.tensor(0.3, device=DEVICE)
+    plain = copies(ours)
+    adamw8.adamw8_(ours, AdamW8Step.of(2, **RATES), MAPS, factor)
+    for parts in scaled:
+        parts.gradient.mul_(factor)
+    adamw8.adamw8_(scaled, AdamW8Step.of(2, **RATES), MAPS)
+    for one, other, twin in zip(ours, scaled, plain, strict=True):
+        plain_(twin, AdamW8Step.of(2, **RATES), Maps.of(SIGNED, UNSIGNED), factor.cpu())
+        for name in ("weight", "codes1", "codes2", "absmax1", "absmax2"):
+            assert torch.equal(getattr(one, name), getattr(other, name))
+            assert torch.equal(getattr(one, name).cpu(), getattr(twin, name))
+
+
+@KERNEL
+def test_what_was_updated_together_is_not_come_by_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless something lies elsewhere, or is not there; with a factor of the gradients, and without."""
+    monkeypatch.setattr(adamw8.adamw8_tiles, "reaches", lambda x: True)
+    visited: list[int] = []
+    visit = bnb_optimizers.AdamW8bit.update_step
+    monkeypatch.setattr(
+        bnb_optimizers.AdamW8bit,
+        "update_step",
+        lambda self, group, p, gindex, pindex: (visited.append(pindex), visit(self, group, p, gindex, pindex)),
+    )
+
+    def made() -> tuple[list[torch.nn.Parameter], Any]:
+        torch.manual_seed(0)
+        weights = [torch.nn.Parameter(torch.randn(shape, device=DEVICE)) for shape in ((70, 100), (64, 64), (4097,))]
+        groups = [{"params": weights[:2]}, {"params": weights[2:], "lr": 3e-3}]
+        return weights, bnb_optimizers.AdamW8bit(groups, lr=1e-3)
+
+    (ours, optimizer), (theirs, judge) = made(), made()
+    expected = {0: 3, 1: 0, 2: 0, 3: 3, 4: 0, 5: 3, 6: 0, 7: 2, 8: 3}
+    for step, visits in expected.items():
+        factor = torch.tensor(0.5, device=DEVICE) if step % 3 == 1 else None
+        for index, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+            torch.manual_seed(10 * step + index)
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad * (1.0 if factor is None else 0.5)
+        if step == 3:
+            optimizer.load_state_dict(optimizer.state_dict())
+        if step == 5:
+            ours[1].data = ours[1].data.clone()
+        if step == 7:
+            ours[2].grad = theirs[2].grad = None
+        optimizer.gradient_factor = factor
+        judge._together = ()
+        visited.clear()
+        optimizer.step()
+        assert len(visited) == visits and optimizer.gradient_factor is None
+        judge.step()
+        for one, other in zip(ours, theirs, strict=True):
+            assert torch.equal(one, other)
+    assert [optimizer.state[one]["step"] for one in ours] == [9, 9, 8]

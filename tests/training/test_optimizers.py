@@ -173,13 +173,13 @@ def test_on_a_gpu_one_launch_takes_the_steps_of_bitsandbytes(
 ) -> None:
     monkeypatch.setattr(bnb_optimizers, "ROOM", -1.0 if roomy else 2.0)
     launched: list[int] = []
-    launch = adamw8.adamw8_
+    launch = adamw8.adamw8_tiles.adamw8_
 
-    def noted(tensors: list[Any], *given: Any) -> None:
-        launched.append(len(tensors))
-        launch(tensors, *given)
+    def noted(table: Any, gradients: list[int], *others: Any) -> None:
+        launched.append(len(gradients))
+        launch(table, gradients, *others)
 
-    monkeypatch.setattr(adamw8, "adamw8_", noted)
+    monkeypatch.setattr(adamw8.adamw8_tiles, "adamw8_", noted)
     section = OptimizerSection.model_validate({"name": name, "lr": 1e-2, "weight_decay": 0.1})
     shapes = ((512, 512), (70, 100), (300,), (4097,))
 
