@@ -150,6 +150,8 @@ class LayerGraphs:
         slots = tuple(Slot(layer, arguments, mode, device) for layer, arguments, mode in seen)
         samples = tuple(tuple(arguments.tensors) for _, arguments, _ in seen)
         gc.collect()
+        # Gradients of the graphs belong to the stream of the capture, which torch warns of in each process once.
+        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
         replays = self._make(slots, samples)
         for (layer, arguments, mode), slot, replay in zip(seen, slots, replays, strict=True):
             layer.forward = self._choose(layer, slot, arguments.kinds, mode, replay)
@@ -180,16 +182,12 @@ class LayerGraphs:
         for layer in self._layers:
             del layer.forward
         self._layers.clear()
+        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(True)
 
 
 def _capture(slots: tuple[nn.Module, ...], samples: tuple[tuple[Tensor, ...], ...]) -> Sequence[Callable[..., Any]]:
-    # torch holds the last layer's outputs of its warm-up, on another stream, while it captures, and warns of it itself.
-    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
-    try:
-        with torch.autocast("cuda", enabled=False):
-            graphed = torch.cuda.make_graphed_callables(slots, samples, allow_unused_input=True)
-    finally:
-        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(True)
+    with torch.autocast("cuda", enabled=False):
+        graphed = torch.cuda.make_graphed_callables(slots, samples, allow_unused_input=True)
     return list(graphed)
 
 

@@ -159,5 +159,6 @@ def test_replayed_training_is_the_training(tiny_llama: LlamaForCausalLM, accumul
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
     assert graphs.calls == [len(batches) * graphs.count, 0]
+    graphs.release()
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert losses[0][-1] < losses[0][0]
