@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from qtrain.kernels.adamw import AdamWStep, adamw_, stream_keys
+from qtrain.kernels.adamw import AdamWStep, Parts, adamw_all_, stream_keys
 
 SMALLEST_16BIT = 4096
 """Elements from which moments are in 16 bits: as bitsandbytes has it for 8."""
@@ -62,7 +63,7 @@ class StochasticAdamW(Optimizer):
         factor, self.gradient_factor = self.gradient_factor, None  # after the closure, which may have set it
         number = -1
         for group in self.param_groups:
-            options = {key: group[key] for key in ("betas", "eps", "weight_decay")}
+            taken: dict[tuple[int, torch.device], list[Parts]] = defaultdict(list)
             for parameter in group["params"]:
                 number += 1
                 if parameter.grad is None:
@@ -72,15 +73,13 @@ class StochasticAdamW(Optimizer):
                     self._begin(parameter)
                 state["step"] += 1
                 count = int(state["step"])
-                adamw_(
-                    parameter,
-                    parameter.grad,
-                    state["exp_avg"],
-                    state["exp_avg_sq"],
-                    AdamWStep.of(count, lr=float(group["lr"]), **options),
-                    stream_keys(group["seed"], count, number),
-                    None if factor is None else factor.to(parameter.device),
-                )
+                keys = stream_keys(group["seed"], count, number)
+                parts = Parts(parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"], keys)
+                taken[count, parameter.device].append(parts)
+            options = {key: group[key] for key in ("betas", "eps", "weight_decay")}
+            for (count, device), found in taken.items():
+                step = AdamWStep.of(count, lr=float(group["lr"]), **options)
+                adamw_all_(found, step, None if factor is None else factor.to(device))
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -83,3 +83,38 @@ def test_a_factor_is_a_gradient_multiplied_beforehand(
         fused = ON_GPU and kernel is not plain_
         close = 0.0 if not fused else 2**-7 if one.dtype == BF16 else 1e-5
         torch.testing.assert_close(one, other, rtol=close, atol=1e-9 if close else 0.0, equal_nan=True)
+
+
+@here
+@pytest.mark.parametrize("factor", [None, 0.37])
+def test_small_tensors_share_a_launch(factor: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every kind of storage, aligned or not; a large one, and one that does not lie in one piece, go alone."""
+    launches: list[int] = []
+    launch = adamw_tiles.adamw_all_
+
+    def noted(tensors: list[tuple[Tensor, ...]], *others: object) -> None:
+        launches.append(len(tensors))
+        launch(tensors, *others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(adamw_tiles, "adamw_all_", noted)
+    monkeypatch.setattr(adamw_tiles, "fits", lambda x: x.numel() > 0)  # as if it lay on a GPU
+    monkeypatch.setattr(adamw_tiles, "LARGE", 10_000)
+    shapes = [(1,), (48,), (67, 31), (5, 1024), (4096,), (100, 100)]
+    ours = [tensors(shape, kinds) for kinds in KINDS for shape in shapes]
+    for own in ours[1::6]:
+        own[1] = torch.cat([own[1].new_zeros(1), own[1]])[1:]  # a gradient at an odd place
+    ours.append([one.t() for one in tensors((64, 32), KINDS[0])])
+    ours[-1][2:] = [one.contiguous() for one in ours[-1][2:]]
+    alone = [[one.clone() for one in own] for own in ours]
+    given = None if factor is None else torch.tensor(factor, device=ours[0][0].device)
+    for step in range(2):
+        keys = [stream_keys(step, number) for number in range(len(ours))]
+        parts = [adamw.Parts(*own, pair) for own, pair in zip(ours, keys, strict=True)]  # type: ignore[arg-type]
+        adamw.adamw_all_(parts, STEP, given)
+        for own, pair in zip(alone, keys, strict=True):
+            adamw.adamw_(*own, STEP, pair, given)  # type: ignore[call-arg, arg-type]
+        assert sorted(launches) == [2] * 4 + [3] * 4
+        launches.clear()
+    for own, other in zip(ours, alone, strict=True):
+        for one, twin in zip(own, other, strict=True):
+            torch.testing.assert_close(one, twin, rtol=0, atol=0, equal_nan=True)
