@@ -24,7 +24,7 @@ def frozen_rms_norm(x: Tensor, weight: Tensor, eps: float, spare: Spare | None =
     Args:
         spare: what the readers of y ask for, by whom it is asked for more.
     """
-    trains = x.requires_grad and torch.is_grad_enabled()
+    trains = x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
     y: Tensor = _FrozenRmsNorm.apply(x, weight, eps, spare if trains else None)  # type: ignore[no-untyped-call]
     return y
 
