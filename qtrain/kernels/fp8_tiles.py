@@ -53,8 +53,9 @@ def _fp8_rows(  # type: ignore[no-untyped-def]
     widest = tl.zeros([BLOCK], tl.float32)
     for step in range(STEPS):
         x = _numbers(x_ptr + place, factor_ptr, step * BLOCK + lane, size, FACTOR)
-        widest = tl.maximum(widest, tl.abs(x), propagate_nan=tl.PropagateNan.ALL)
-    scale = tl.maximum(tl.math.div_rn(tl.max(widest, axis=0), 448.0), 2.0**-100)
+        widest = _wider(widest, tl.abs(x))
+    largest = tl.reduce(widest, 0, _wider)
+    scale = _wider(tl.math.div_rn(largest, 448.0), 2.0**-100)
     tl.store(scale_ptr + row, scale)
     inverse = tl.math.div_rn(1.0, scale)
     for step in range(STEPS):
@@ -65,6 +66,12 @@ def _fp8_rows(  # type: ignore[no-untyped-def]
         if BY_HAND:
             y = _e4m3(y)
         tl.store(codes_ptr + place + column, y.to(tl.float8e4nv), mask=column < size)
+
+
+@triton.jit
+def _wider(a, b):  # type: ignore[no-untyped-def]
+    """The larger one, NaN if one is: a row with one is NaN in all that it is multiplied with."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

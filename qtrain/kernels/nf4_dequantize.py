@@ -9,9 +9,9 @@ from bitsandbytes.functional import QuantState, dequantize_blockwise
 from torch import Tensor
 
 try:
-    from qtrain.kernels import nf4_tiles
+    from qtrain.kernels import nf4_fp8_tiles, nf4_tiles
 except ImportError:  # Triton comes with torch where there is a GPU
-    nf4_tiles = None  # type: ignore[assignment]
+    nf4_tiles = nf4_fp8_tiles = None  # type: ignore[assignment]
 
 
 class Dequantize(Protocol):
@@ -52,6 +52,18 @@ def nf4_dequantize(words: Tensor, state: QuantState, dtype: torch.dtype, out: Te
 def writes_apart(words: Tensor, state: QuantState, dtype: torch.dtype) -> bool:
     """Whether ``nf4_dequantize`` takes an ``out`` whose rows lie apart, each on 16 bytes."""
     return nf4_tiles is not None and nf4_tiles.fits(words, state, dtype) and state.shape[-1] % 8 == 0
+
+
+def nf4_fp8_codes(
+    words: Tensor, state: QuantState, scale: Tensor, dtype: torch.dtype, turn: bool = False
+) -> Tensor | None:
+    """What ``fp8_rows`` makes of W in ``dtype``, of known scales [out, 1], in one pass; None where no kernel is.
+
+    Args:
+        turn: [in, out] in place of [out, in].
+    """
+    known = nf4_tiles is not None and nf4_tiles.fits(words, state, dtype) and state.shape[-1] % 8 == 0
+    return nf4_fp8_tiles.codes(words, state, scale, dtype, turn) if known else None
 
 
 def choose_dequantize(device: torch.device) -> tuple[Dequantize, str]:

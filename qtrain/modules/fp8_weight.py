@@ -25,22 +25,32 @@ class InFp8:
 
     def __init__(self, frozen: Dequantized, rows: Latest[Fp8Rows]) -> None:
         self._frozen, self._rows = frozen, rows
+        self._scales: dict[torch.dtype, Tensor] = {}
 
     def product(self, x: Tensor) -> Tensor:
         """x W^T + b."""
-        weight = fp8_rows(self._frozen.weight(x.dtype))
+        weight = self._weight(x.dtype, turn=False)
         y, bias = fp8_matmul(self._rows.of(x, "fp8", fp8_rows), weight, x.dtype), self._frozen.bias(x.dtype)
         return y if bias is None else y.add_(bias)
 
     def input_gradient(self, dy: Tensor, into: Tensor | None = None) -> Tensor:
         """dy W, added to ``into``."""
         self._rows.clear()  # what a forward pass left
-        codes, scale = fp8_rows(self._frozen.weight(dy.dtype))
         # Hopper's fp8 units want what is summed over side by side, in both.
-        weight = turned(codes.view(torch.int8)).view(codes.dtype)
-        ones = scale.new_ones(len(weight), 1)
-        found = fp8_matmul(fp8_rows(dy, scale.flatten()), Fp8Rows(weight, ones), dy.dtype)
+        codes, scale = self._weight(dy.dtype, turn=True)
+        ones = scale.new_ones(len(codes), 1)
+        found = fp8_matmul(fp8_rows(dy, scale.flatten()), Fp8Rows(codes, ones), dy.dtype)
         return found if into is None else into.add_(found)
+
+    def _weight(self, dtype: torch.dtype, *, turn: bool) -> Fp8Rows:
+        """Codes [out, in], or [in, out], and the scales of the rows of W, which are found once: W is frozen."""
+        scale = self._scales.get(dtype)
+        codes = None if scale is None else self._frozen.fp8_codes(scale, dtype, turn)
+        if scale is None or codes is None:
+            codes, scale = fp8_rows(self._frozen.weight(dtype))
+            self._scales[dtype] = scale
+            codes = turned(codes.view(torch.int8)).view(codes.dtype) if turn else codes
+        return Fp8Rows(codes, scale)
 
 
 def in_fp8(frozen: FrozenWeight, rows: Latest[Fp8Rows]) -> FrozenWeight | str:

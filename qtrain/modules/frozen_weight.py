@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qtrain.kernels.lora_part import FrozenWeight
-from qtrain.kernels.nf4_dequantize import Dequantize, nf4_dequantize, writes_apart
+from qtrain.kernels.nf4_dequantize import Dequantize, nf4_dequantize, nf4_fp8_codes, writes_apart
 from qtrain.modules.frozen_linear import frozen_kind
 from qtrain.modules.packed_linear import PackedLinear
 
@@ -49,6 +49,10 @@ class Dequantized(ABC):
     @abstractmethod
     def weight(self, dtype: torch.dtype) -> Tensor:
         """W [out, in], to be used up before any other is asked for."""
+
+    def fp8_codes(self, scale: Tensor, dtype: torch.dtype, turn: bool) -> Tensor | None:
+        """q float8_e4m3fn [out, in] of ``fp8_rows``, or [in, out], straight from the storage; None where none are."""
+        return None
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
         """b [out]."""
@@ -101,6 +105,12 @@ class FourBit(Dequantized):
         whole = self._workspace.take((rows + below, columns), dtype, words.device)
         self._dequantize(words, state, dtype, whole[:rows])
         return whole
+
+    def fp8_codes(self, scale: Tensor, dtype: torch.dtype, turn: bool) -> Tensor | None:
+        """By a kernel that reads the 4 bits."""
+        words, state = self._layer.weight, self._layer.quant_state
+        known = self._dequantize is nf4_dequantize
+        return nf4_fp8_codes(words, state, scale, dtype, turn) if known else None
 
 
 class Int8(Dequantized):

@@ -73,3 +73,13 @@ def test_the_tiles_are_the_twin(columns: int, scaled: bool, dtype: torch.dtype) 
     wanted = plain_fp8_rows(x, factor)
     assert torch.equal(scale, wanted.scale)
     assert torch.equal(codes.float(), wanted.codes.float())
+
+
+@tiles
+@pytest.mark.parametrize("columns", [40, 20_000])
+def test_a_row_with_nan_is_seen_to_be(columns: int) -> None:
+    assert kernel.fp8_tiles is not None
+    x = torch.randn(3, columns, device=DEVICE)
+    x[1, columns // 2] = torch.nan
+    for found in (plain_fp8_rows(x), Fp8Rows(*kernel.fp8_tiles.fp8_rows(x))):
+        assert found.scale[:, 0].isnan().tolist() == [False, True, False]

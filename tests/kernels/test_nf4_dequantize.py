@@ -12,6 +12,7 @@ from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_bloc
 from torch import Tensor
 
 from qtrain.kernels import nf4_dequantize as kernel
+from qtrain.kernels.fp8_product import fp8_rows, plain_fp8_rows
 
 ON_GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -96,6 +97,30 @@ def test_a_weight_that_no_word_ends_with_is_left_to_bitsandbytes() -> None:
         assert not kernel.nf4_tiles.fits(
             torch.zeros((shape[0] * shape[1] + 1) // 2, 1, dtype=torch.uint8), state, DTYPES[0]
         )
+
+
+@tiles
+@pytest.mark.parametrize("turn", [False, True], ids=["as it lies", "turned over"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("nested", [True, False], ids=["double", "single"])
+@pytest.mark.parametrize("shape", [(1, 8), (24, 128), (33, 40), (70, 320)], ids=str)
+def test_straight_to_fp8_as_by_way_of_the_weight(
+    shape: tuple[int, int], nested: bool, dtype: torch.dtype, turn: bool
+) -> None:
+    assert kernel.nf4_fp8_tiles is not None
+    words, state = quantized(shape, "nf4", nested)
+    codes, scale = plain_fp8_rows(by_definition(words, state, dtype))
+    found = kernel.nf4_fp8_tiles.codes(words, state, scale, dtype, turn)
+    assert found.is_contiguous() and torch.equal((found.t() if turn else found).float(), codes.float())
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_large_weights_go_straight_to_fp8() -> None:
+    words, state = quantized((11008, 4096), "nf4", True)
+    codes, scale = fp8_rows(kernel.dequantize_4bit(words, state, torch.bfloat16))
+    for turn in (False, True):
+        found = kernel.nf4_fp8_codes(words, state, scale, torch.bfloat16, turn)
+        assert found is not None and torch.equal((found.t() if turn else found).float(), codes.float())
 
 
 @pytest.mark.gpu

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from qtrain.config.compose import load_recipe
 from qtrain.errors import ConfigError
+from qtrain.kernels.fp8_product import fp8_rows
 from qtrain.kernels.shared_input import Latest
 from qtrain.modules.fp8_weight import InFp8, in_fp8
 from qtrain.modules.frozen_linear import quantize_base
@@ -75,6 +76,26 @@ def test_the_gradient_of_the_input_takes_the_same_codes() -> None:
     assert (dx - exact).norm() < 0.06 * exact.norm()
     into = torch.randn(7, 32)
     assert torch.allclose(weight.input_gradient(dy, into.clone()), into + dx, atol=1e-6)
+
+
+def test_codes_come_straight_from_the_storage_where_they_can() -> None:
+    """From the second product on: the first finds the scales."""
+    layer = torch.nn.Linear(32, 48)
+    asked: list[bool] = []
+
+    class Stored(Dense):
+        def fp8_codes(self, scale: Tensor, dtype: torch.dtype, turn: bool) -> Tensor:
+            asked.append(turn)
+            codes, own = fp8_rows(self.weight(dtype))
+            assert torch.equal(own, scale)
+            return codes.t().contiguous() if turn else codes
+
+    plain, weight = InFp8(Dense(layer), Latest()), InFp8(Stored(layer), Latest())
+    x, dy = torch.randn(7, 32), torch.randn(7, 48)
+    for _ in range(2):
+        assert torch.equal(weight.product(x), plain.product(x))
+        assert torch.equal(weight.input_gradient(dy), plain.input_gradient(dy))
+    assert asked == [True, False, True]
 
 
 def test_an_input_of_several_layers_is_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
