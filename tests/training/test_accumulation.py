@@ -12,9 +12,9 @@ import torch
 
 from qtrain.config.compose import load_recipe
 from qtrain.data.datamodule import LanguageData
+from qtrain.kernels import adamw as kernel
 from qtrain.kernels.adamw import adamw_
 from qtrain.training import gradients as early
-from qtrain.training import stochastic_adamw
 from qtrain.training.gradients import EarlyClip, OnHost, early_clip, scale_
 from qtrain.training.module import LanguageModule
 from qtrain.training.trainer import trainer_arguments
@@ -95,7 +95,7 @@ def test_clipping_reaches_the_step(
         factors.append(arguments[-1])
         adamw_(*arguments)
 
-    monkeypatch.setattr(stochastic_adamw, "adamw_", spy)
+    monkeypatch.setattr(kernel, "adamw_", spy)
     words = "optimizer.name=adamw_16bit", "trainer.gradient_clip_val=0.01"
     kept = gradients(tiny_llama_dir, chats, tmp_path / "a", 8 // accumulate, accumulate, *words)
     plain = gradients(tiny_llama_dir, chats, tmp_path / "b", 8, 1)
