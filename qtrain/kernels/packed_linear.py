@@ -45,8 +45,12 @@ class Packed(NamedTuple):
 
 def packed_weight(packed: Packed, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:
     """W [out, in] = (q - z) s as a consumer that runs in ``dtype`` computes it; scale and z rounded as stored."""
-    spec, qparams = packed.spec, QParams(round_scale(scale, packed.spec), _stored(zero_point, packed))
-    if _tiled(packed, scale, dtype):
+    return _weight(packed, round_scale(scale, packed.spec), zero_point, dtype)
+
+
+def _weight(packed: Packed, stored: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:
+    spec, qparams = packed.spec, QParams(stored, _stored(zero_point, packed))
+    if _tiled(packed, stored, dtype):
         seen = qparams.scale if spec.scale_dtype == "fp32" else qparams.scale.to(dtype)
         arguments = (packed.words, spec.bits, packed.columns, seen, qparams.zero_point, dtype)
         weight = packed_tiles.dequantize(*arguments, mid_rise=spec.mid_rise)
@@ -85,21 +89,27 @@ class _Product(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, packed: Packed, bias: Tensor | None
     ) -> Tensor:
-        y = F.linear(x, packed_weight(packed, scale, zero_point, x.dtype), bias)
+        stored = round_scale(scale, packed.spec)
+        y = F.linear(x, _weight(packed, stored, zero_point, x.dtype), bias)
         _, trains_scale, trains_zero, _, _ = ctx.needs_input_grad
         from_outputs = reads_outputs(packed, scale, trains_zero=trains_zero)
         kept = None if not (trains_scale or trains_zero) else y if from_outputs else x
-        ctx.save_for_backward(kept, scale, zero_point, bias)
+        # A number a row is kept rounded: seven kernels less in the backward. Those of groups are too many to be kept.
+        ctx.save_for_backward(kept, stored if from_outputs else scale, zero_point, bias)
         ctx.packed, ctx.from_outputs = packed, from_outputs
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         kept, scale, zero_point, bias = ctx.saved_tensors
+        stored = scale if ctx.from_outputs else round_scale(scale, ctx.packed.spec)
         dx = dscale = dzero = None
         if ctx.needs_input_grad[0]:
-            dx = dy @ packed_weight(ctx.packed, scale, zero_point, dy.dtype)
-        if kept is not None:
+            dx = dy @ _weight(ctx.packed, stored, zero_point, dy.dtype)
+        if kept is not None and ctx.from_outputs:
+            tiled = _tiled(ctx.packed, dy, dy.dtype)
+            dscale = _from_outputs(dy.flatten(0, -2), kept.flatten(0, -2), bias, stored, tiled=tiled)
+        elif kept is not None:
             trains_zero = ctx.needs_input_grad[2]
             dscale, dzero = range_gradients(dy, kept, ctx.packed, scale, zero_point, bias, trains_zero=trains_zero)
         dbias = dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[4] else None
