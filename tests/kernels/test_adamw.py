@@ -50,7 +50,9 @@ def test_it_takes_the_plain_step(shape: tuple[int, ...], kinds: tuple[torch.dtyp
         narrow = one.dtype == BF16
         # On a GPU a product and a sum are one rounding: at the edge of its noise a number goes to the other neighbour.
         close = 0.0 if narrow and not ON_GPU else 2**-7 if narrow else 1e-5 if ON_GPU else 1e-6
-        torch.testing.assert_close(one.float(), other.float(), rtol=close, atol=1e-9 if close else 0.0, equal_nan=True)
+        # Where what is added nearly cancels, that one rounding is of numbers of up to 10.
+        least = 2e-6 if ON_GPU else 1e-9 if close else 0.0
+        torch.testing.assert_close(one.float(), other.float(), rtol=close, atol=least, equal_nan=True)
         different = (one != other) & ~(one.isnan() & other.isnan())
         assert not narrow or float(different.float().mean()) < 0.02
 
@@ -117,4 +119,6 @@ def test_small_tensors_share_a_launch(factor: float | None, monkeypatch: pytest.
         launches.clear()
     for own, other in zip(ours, alone, strict=True):
         for one, twin in zip(own, other, strict=True):
-            torch.testing.assert_close(one, twin, rtol=0, atol=0, equal_nan=True)
+            # Compiled, the two may fuse other products with sums.
+            close = 0.0 if not ON_GPU else 2**-7 if one.dtype == BF16 else 1e-5
+            torch.testing.assert_close(one, twin, rtol=close, atol=2e-6 if ON_GPU else 0.0, equal_nan=True)
