@@ -1,4 +1,5 @@
-"""NF4 with double quantization to bf16: the kernel in Triton beside bitsandbytes', and beside a copy of as many bytes.
+"""NF4 with double quantization to bf16: the kernel in Triton beside bitsandbytes', and beside a copy of as many bytes;
+and to e4m3 rows, whose GB/s are those of bf16 too.
 
     python benchmarks/nf4_dequantize.py [OUT.md] [--tiny] [--tune]
 
@@ -16,8 +17,10 @@ from pathlib import Path
 
 import torch
 from bitsandbytes.functional import quantize_4bit
+from torch import Tensor
 
 from qtrain.kernels import nf4_dequantize as kernel
+from qtrain.kernels.fp8_product import fp8_rows
 
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008), (28672, 8192)]
 TINY = [(128, 256), (256, 128)]
@@ -58,6 +61,17 @@ def rows_of(shape: tuple[int, int], device: str, tune: bool) -> list[tuple[str, 
     half = torch.empty(moved(shape) // 2, dtype=torch.uint8, device=device)
     other = torch.empty_like(half)
     found.append(("a copy of as many bytes", milliseconds(lambda: other.copy_(half))))
+    codes, scale = fp8_rows(wanted)
+    ways: dict[str, Callable[[], Tensor | None]] = {
+        "e4m3 rows by way of bf16": lambda: fp8_rows(kernel.nf4_dequantize(words, state, torch.bfloat16, out)).codes,
+        "e4m3 rows at once": lambda: kernel.nf4_fp8_codes(words, state, scale, torch.bfloat16),
+        "the same, turned over": lambda: kernel.nf4_fp8_codes(words, state, scale, torch.bfloat16, turn=True),
+    }
+    for name, way in ways.items():
+        made = way()
+        assert made is not None
+        same = torch.equal((made if made.shape == codes.shape else made.t()).float(), codes.float())
+        found.append((name + ("" if same else " (OTHER BITS)"), milliseconds(way)))
     return found
 
 
