@@ -21,16 +21,19 @@ class InFp8:
     Args:
         frozen: whose weight it is.
         rows: shared by all layers, so that an input of several is rounded once.
+        last: of those that are given one input; none needs its rows afterwards.
     """
 
-    def __init__(self, frozen: Dequantized, rows: Latest[Fp8Rows]) -> None:
-        self._frozen, self._rows = frozen, rows
+    def __init__(self, frozen: Dequantized, rows: Latest[Fp8Rows], *, last: bool = False) -> None:
+        self._frozen, self._rows, self._last = frozen, rows, last
         self._scales: dict[torch.dtype, Tensor] = {}
 
     def product(self, x: Tensor) -> Tensor:
         """x W^T + b."""
         weight = self._weight(x.dtype, turn=False)
         y, bias = fp8_matmul(self._rows.of(x, "fp8", fp8_rows), weight, x.dtype), self._frozen.bias(x.dtype)
+        if self._last:
+            self._rows.clear()
         return y if bias is None else y.add_(bias)
 
     def input_gradient(self, dy: Tensor, into: Tensor | None = None) -> Tensor:
@@ -53,11 +56,11 @@ class InFp8:
         return Fp8Rows(codes, scale)
 
 
-def in_fp8(frozen: FrozenWeight, rows: Latest[Fp8Rows]) -> FrozenWeight | str:
-    """``frozen`` with products in fp8, or in words why not."""
+def in_fp8(frozen: FrozenWeight, rows: Latest[Fp8Rows], *, last: bool = False) -> FrozenWeight | str:
+    """``frozen`` with products in fp8, or in words why not (arguments: ``InFp8``)."""
     if isinstance(frozen, Int8) or not isinstance(frozen, Dequantized):
         return "LLM.int8(), which multiplies bytes"
-    return InFp8(frozen, rows)
+    return InFp8(frozen, rows, last=last)
 
 
 def fp8_words(device: torch.device) -> str:

@@ -69,7 +69,7 @@ class _Fused:
         self._blocks: Counter[str] = Counter()
         self._bases: Counter[str] = Counter()
         self._notes: dict[str, None] = {}
-        self._members: list[Member] = []
+        self._groups: list[list[Member]] = []
 
     def take(self, parent: nn.Module, groups: Sequence[Mapping[str, Tensor]]) -> None:
         """Blocks in place of the layers of one module, each group by name with the tensor that all of it is given."""
@@ -87,7 +87,7 @@ class _Fused:
         mlp = self._mlp(parent, blocks)
         for block, _ in blocks:
             block.install()
-            self._members += block.members
+            self._groups.append(block.members)
             self._bases.update(_base_kind(member) for member in block.members)
             if len(block.members) > 1 and any(isinstance(member.dropout_layer, nn.Dropout) for member in block.members):
                 self._notes["one dropout mask for layers that share an input"] = None
@@ -103,13 +103,14 @@ class _Fused:
         """Let all frozen weights be multiplied in fp8, now that the blocks have proven equal without; in words."""
         rows: Latest[Fp8Rows] = Latest()
         refused: Counter[str] = Counter()
-        for member in self._members:
-            frozen = in_fp8(member.frozen, rows)
-            if isinstance(frozen, str):
-                refused[frozen] += 1
-            else:
-                member.frozen = frozen
-        count = len(self._members) - refused.total()
+        for members in self._groups:
+            for member in members:
+                frozen = in_fp8(member.frozen, rows, last=member is members[-1])
+                if isinstance(frozen, str):
+                    refused[frozen] += 1
+                else:
+                    member.frozen = frozen
+        count = sum(map(len, self._groups)) - refused.total()
         line = f"{count} frozen weights as e4m3 rows on {fp8_words(device)}" if count else "no frozen weight in fp8"
         return line + "".join(f"; not {number} layers of {why}" for why, number in refused.items())
 

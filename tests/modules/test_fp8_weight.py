@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +41,14 @@ def adapted(base: str, **keys: float) -> torch.nn.Module:
         if "lora_B" in name:
             parameter.data.normal_(std=0.05)
     return found.train()
+
+
+def weights_of(model: torch.nn.Module) -> list[Any]:
+    """Of all members of blocks, whichever layer's forward a block hangs on."""
+    forwards = [vars(module).get("forward") for module in model.modules()]
+    blocks = [getattr(forward, "block", forward) for forward in forwards]
+    members = {id(member): member for block in blocks for member in getattr(block, "members", ())}
+    return [member.frozen for member in members.values()]
 
 
 def step(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -111,6 +120,20 @@ def test_an_input_of_several_layers_is_rounded_once(monkeypatch: pytest.MonkeyPa
         assert isinstance(weight, InFp8)
         weight.product(x)
     assert seen.count(x.data_ptr()) == 1 and len(seen) == 4
+
+
+def test_nothing_of_an_input_is_held_once_all_have_read_it() -> None:
+    """In the blocks of a model: a step of many layers would hold them only once, but its plan counts one by one."""
+    model = adapted("nf4")
+    fuse_blocks(model.get_base_model(), nullcontext, "auto", fp8=True)
+    found = weights_of(model)
+    assert len(found) == 14 and all(isinstance(frozen, InFp8) for frozen in found)
+    (rows,) = {id(frozen._rows): frozen._rows for frozen in found}.values()
+    x = torch.randn(2, 5, 128, requires_grad=True)
+    layer = model.get_base_model().model.layers[0]
+    for run in (layer.self_attn.v_proj, layer.mlp):
+        run(x)
+        assert rows._source is None and rows._made is None
 
 
 @pytest.mark.parametrize(
