@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, cast
 from unittest import mock
+from weakref import ref
 
 import bitsandbytes as bnb
 import torch
@@ -25,6 +26,7 @@ from qtrain.training.gradients import gradients_of, scale_
 
 ROOM = 0.1
 """Share of the GPU's memory that is free where no pages have to be fetched."""
+STATES = ("state1", "state2", "absmax1", "absmax2")
 MAPS = {"qmap1": "dynamic", "qmap2": "udynamic"}
 """In a parameter's state, and in the optimizer."""
 
@@ -34,16 +36,22 @@ class _Together:
 
     def __init__(self, gindex: int, found: Sequence[tuple[dict[str, Any], Parts]]) -> None:
         self.gindex, self.count = gindex, len(found)
-        self._known = [(parts.weight, parts.weight.data_ptr(), state, state["state1"]) for state, parts in found]
+        # Only looked at: moved to the host after training, states are to be gone from the GPU.
+        self._known = [
+            (parts.weight, parts.weight.data_ptr(), state, [(name, ref(state[name])) for name in STATES])
+            for state, parts in found
+        ]
         self._tensors = adamw8.Tensors([parts for _, parts in found])
 
     def gradients(self, states: Mapping[Tensor, dict[str, Any]]) -> list[Tensor] | None:
         """Of all of them by now; None where anything else is there than was."""
         found = []
-        for weight, place, state, codes in self._known:
+        for weight, place, state, parts in self._known:
             gradient = weight.grad
-            same = weight.data_ptr() == place and states[weight] is state and state["state1"] is codes
+            same = weight.data_ptr() == place and states[weight] is state
             if gradient is None or gradient.dtype != weight.dtype or not same or not adamw8.readable(gradient):
+                return None
+            if any(state[name] is not part() for name, part in parts):
                 return None
             found.append(gradient)
         return found
@@ -90,6 +98,8 @@ class _OneLaunch:
                 self._one_by_one(factor)
         finally:
             self._roomy = False
+        if torch.cuda.is_available() and torch.cuda.current_stream() != torch.cuda.default_stream():
+            torch.cuda.current_stream().synchronize()  # gradients may be let go on the stream that made them
         return loss
 
     def _again(self, factor: Tensor | None) -> bool:
@@ -131,7 +141,7 @@ class _OneLaunch:
         """Put one parameter down for the launch, or leave its update to bitsandbytes."""
         state, gradient = self.state[p], p.grad  # type: ignore[attr-defined]
         if self._found is not None and gradient is not None and p.device == self._device and "qmap1" in state:
-            parts = Parts(p, gradient, *(state[name] for name in ("state1", "state2", "absmax1", "absmax2")))
+            parts = Parts(p, gradient, *(state[name] for name in STATES))
             if adamw8.fits(parts) and self._shares_maps(p, state):
                 self._found[gindex, state["step"], p.dtype].append((state, parts))
                 return

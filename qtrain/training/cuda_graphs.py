@@ -152,7 +152,11 @@ class LayerGraphs:
         gc.collect()
         # Gradients of the graphs belong to the stream of the capture, which torch warns of in each process once.
         torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
-        replays = self._make(slots, samples)
+        try:
+            replays = self._make(slots, samples)
+        except BaseException:
+            torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(True)
+            raise
         for (layer, arguments, mode), slot, replay in zip(seen, slots, replays, strict=True):
             layer.forward = self._choose(layer, slot, arguments.kinds, mode, replay)
             self._layers.append(layer)
@@ -181,8 +185,9 @@ class LayerGraphs:
         """Layers run as they are again; the memory of the graphs goes with the last gradient that lies in it."""
         for layer in self._layers:
             del layer.forward
+        if self._layers:
+            torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(True)
         self._layers.clear()
-        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(True)
 
 
 def _capture(slots: tuple[nn.Module, ...], samples: tuple[tuple[Tensor, ...], ...]) -> Sequence[Callable[..., Any]]:

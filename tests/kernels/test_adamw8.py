@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from typing import Any
 
 import bitsandbytes as bnb
@@ -295,7 +296,7 @@ def test_what_was_updated_together_is_not_come_by_again(monkeypatch: pytest.Monk
         return weights, bnb_optimizers.AdamW8bit(groups, lr=1e-3)
 
     (ours, optimizer), (theirs, judge) = made(), made()
-    expected = {0: 3, 1: 0, 2: 0, 3: 3, 4: 0, 5: 3, 6: 0, 7: 2, 8: 3}
+    expected = {0: 3, 1: 0, 2: 0, 3: 3, 4: 0, 5: 3, 6: 0, 7: 2, 8: 3, 9: 0, 10: 3, 11: 0}
     for step, visits in expected.items():
         factor = torch.tensor(0.5, device=DEVICE) if step % 3 == 1 else None
         for index, (one, other) in enumerate(zip(ours, theirs, strict=True)):
@@ -306,6 +307,8 @@ def test_what_was_updated_together_is_not_come_by_again(monkeypatch: pytest.Monk
             optimizer.load_state_dict(optimizer.state_dict())
         if step == 5:
             ours[1].data = ours[1].data.clone()
+        if step == 10:
+            optimizer.state[ours[0]]["absmax2"] = optimizer.state[ours[0]]["absmax2"].clone()
         if step == 7:
             ours[2].grad = theirs[2].grad = None
         optimizer.gradient_factor = factor
@@ -316,4 +319,20 @@ def test_what_was_updated_together_is_not_come_by_again(monkeypatch: pytest.Monk
         judge.step()
         for one, other in zip(ours, theirs, strict=True):
             assert torch.equal(one, other)
-    assert [optimizer.state[one]["step"] for one in ours] == [9, 9, 8]
+    assert [optimizer.state[one]["step"] for one in ours] == [12, 12, 11]
+
+
+@KERNEL
+def test_states_that_were_moved_away_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Lightning moves them to the host after training."""
+    monkeypatch.setattr(adamw8.adamw8_tiles, "reaches", lambda x: True)
+    weight = torch.nn.Parameter(torch.randn(64, 64, device=DEVICE))
+    optimizer = bnb_optimizers.AdamW8bit([weight], lr=1e-3)
+    weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    held = [weakref.ref(optimizer.state[weight][name]) for name in bnb_optimizers.STATES]
+    for name in bnb_optimizers.STATES:
+        optimizer.state[weight][name] = optimizer.state[weight][name].clone()
+    assert [one() for one in held] == [None] * 4
+    optimizer.step()
+    assert optimizer.state[weight]["step"] == 2
