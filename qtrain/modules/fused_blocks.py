@@ -16,13 +16,13 @@ from transformers import PreTrainedModel
 
 from qtrain.kernels.fp8_product import Fp8Rows
 from qtrain.kernels.gated import Activation, gated_path
-from qtrain.kernels.nf4_dequantize import Dequantize, choose_dequantize
+from qtrain.kernels.nf4_dequantize import Dequantize, choose_dequantize, nf4_dequantize
 from qtrain.kernels.shared_input import Latest
 from qtrain.modules.block_proof import BlockProof
 from qtrain.modules.eval_mode import eval_mode
 from qtrain.modules.fp8_weight import fp8_words, in_fp8
 from qtrain.modules.frozen_linear import frozen_kind
-from qtrain.modules.frozen_weight import Workspace, frozen_weight
+from qtrain.modules.frozen_weight import FourBit, Workspace, frozen_weight
 from qtrain.modules.fused_layers import GatedMlp, Member, SharedInput
 from qtrain.modules.shared_inputs import PROBE_TOKENS, by_parent, inputs_of
 
@@ -89,6 +89,8 @@ class _Fused:
             block.install()
             self._groups.append(block.members)
             self._bases.update(_base_kind(member) for member in block.members)
+            if note := self._adapters(block.members):
+                self._notes[note] = None
             if len(block.members) > 1 and any(isinstance(member.dropout_layer, nn.Dropout) for member in block.members):
                 self._notes["one dropout mask for layers that share an input"] = None
         if mlp is not None:
@@ -138,6 +140,16 @@ class _Fused:
             self.refused[frozen] += 1
             return None
         return Member(name, parent, layer, layer.active_adapters[0], frozen, layer.forward)
+
+    def _adapters(self, members: Sequence[Member]) -> str | None:
+        """How those of a shared input are added, where a kernel could write them beside 4-bit weights; else None."""
+        four_bit = all(isinstance(member.frozen, FourBit) for member in members)
+        if self._dequantize is not nf4_dequantize or not four_bit or len(members) < 2:
+            return None
+        ranks = [len(member.linear().a) for member in members]
+        if any(rank % 8 for rank in ranks):
+            return f"adapters of rank {max(ranks)} by themselves: in the base's products are those of multiples of 8"
+        return "adapters of shared inputs in the base's products"
 
     def _mlp(self, parent: nn.Module, blocks: Sequence[tuple[SharedInput, Tensor]]) -> GatedMlp | None:
         """The module as a gated MLP: two linears of one input, one of another, a function, and equal results."""

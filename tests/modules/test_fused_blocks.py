@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from qtrain.kernels.nf4_dequantize import nf4_dequantize
 from qtrain.modules import fused_blocks
 from qtrain.modules.frozen_linear import quantize_base
 from qtrain.modules.frozen_weight import FourBit, Workspace
@@ -413,6 +414,23 @@ def test_kernels_that_do_not_run_are_named(decoder: Decoder, monkeypatch: pytest
         "MLP in parts for kernels that do not run here (RuntimeError: Failed to find C compiler)"
     )
     assert not far(step(model), wanted, 3e-6)
+
+
+@pytest.mark.parametrize(
+    ("rank", "words"),
+    [
+        (8, ", adapters of shared inputs in the base's products"),
+        (4, ", adapters of rank 4 by themselves: in the base's products are those of multiples of 8"),
+    ],
+)
+def test_how_adapters_are_added_is_said_where_a_kernel_writes_the_weights(
+    rank: int, words: str, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused_blocks, "choose_dequantize", lambda device: (nf4_dequantize, "a kernel"))
+    model = adapted(decoder("llama"), "nf4", r=rank)
+    found = fuse_blocks(plain(model), context_of(torch.float32), "auto")
+    assert words in found and found.count("adapters") == 1
+    assert "adapters" not in fuse_blocks(plain(adapted(decoder("llama"), "none")), context_of(torch.float32), "auto")
 
 
 def test_none_leaves_everything(decoder: Decoder) -> None:
