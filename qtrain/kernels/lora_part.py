@@ -79,10 +79,6 @@ class Part(NamedTuple):
     b: tuple[Tensor, ...] = ()
     stack: Tensor | None = None
 
-    def without_factors(self) -> Part:
-        """What autograd need not watch."""
-        return self._replace(a=(), b=())
-
     def with_factors(self, a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> Part:
         """With those of a step."""
         return self._replace(a=a, b=b)
