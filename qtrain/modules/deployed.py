@@ -24,6 +24,7 @@ class DeployedTensor:
         shape: of the value, known before it is computed.
         linear: a weight [out, in] of a linear layer that a format may quantize; lm_head is none.
         value: computes it (merged in fp32, or as stored); nothing is held before the call or after it.
+        rows: where a value is computed row by row: begins, and gives what computes some of its rows, in any thread.
         spec: of the codes it was trained with, where there are any; no format may decide others.
         record: computes those.
         activation: what the layer's input was quantized to in training.
@@ -34,6 +35,7 @@ class DeployedTensor:
     shape: tuple[int, ...]
     linear: bool
     value: Callable[[], torch.Tensor]
+    rows: Callable[[], Callable[[slice], torch.Tensor]] | None = None
     spec: QuantSpec | None = None
     record: Callable[[], LinearRecord] | None = None
     activation: QuantSpec | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import repeat
 
 import torch
@@ -62,12 +62,19 @@ def quantize_linear(
     Raises:
         ExportError: the weight is not finite, or beyond what scales reach.
     """
-    weight = tensor.value().detach()
     hessian = moment if moment is not None and moment.ndim == 2 else None
     importance = moment if hessian is None else hessian.diagonal()
+
+    def ranges(weight: Tensor) -> QParams:
+        return search_qparams(weight, spec, importance) if scales == "mse" else choose_qparams(weight, spec)
+
     try:
-        qparams = search_qparams(weight, spec, importance) if scales == "mse" else _extremes(weight, spec)
-        codes = _nearest(weight, qparams, spec) if hessian is None else gptq_codes(weight, qparams, hessian, spec)
+        if hessian is not None or spec.granularity in ("per_tensor", "per_block"):
+            weight = tensor.value().detach()
+            qparams = ranges(weight)
+            codes = quantize(weight, qparams, spec) if hessian is None else gptq_codes(weight, qparams, hessian, spec)
+        else:
+            codes, qparams = _by_rows(tensor, spec, ranges)
     except ModelError as error:
         raise ExportError(
             error.what,
@@ -78,24 +85,26 @@ def quantize_linear(
     return LinearRecord(codes, *qparams, spec)
 
 
-def _extremes(weight: Tensor, spec: QuantSpec) -> QParams:
-    """``choose_qparams``, some rows at a time."""
-    found = over_rows(lambda rows: choose_qparams(weight[rows], spec), weight)
+def _by_rows(tensor: DeployedTensor, spec: QuantSpec, ranges: Callable[[Tensor], QParams]) -> tuple[Tensor, QParams]:
+    """Nearest codes and ranges of rows that share none: each part of them computed, looked through and quantized while
+    it is in a core's cache (AMD EPYC, two cores: 0.9 GB/s of 16-bit weights; a layer at a time 0.44).
+    """
+    rows_of = tensor.rows() if tensor.rows is not None else tensor.value().detach().__getitem__
+    codes = rows_of(slice(0, 1)).new_empty(tensor.shape, dtype=FLOAT_DTYPES.get(spec.format, torch.int8))
+
+    def quantized(rows: slice) -> QParams:
+        weight = rows_of(rows)
+        qparams = ranges(weight)
+        codes[rows] = quantize(weight, qparams, spec)
+        return qparams
+
+    try:
+        found = over_rows(quantized, codes)
+    except ModelError:
+        choose_qparams(tensor.value().detach(), spec)  # counts the rows of the whole weight, not of a part
+        raise
     points = [one.zero_point for one in found if one.zero_point is not None]
-    return QParams(torch.cat([one.scale for one in found]), torch.cat(points) if points else None)
-
-
-def _nearest(weight: Tensor, qparams: QParams, spec: QuantSpec) -> Tensor:
-    """``quantize``, likewise."""
-    scale, points = qparams
-    codes = torch.empty_like(weight, dtype=FLOAT_DTYPES.get(spec.format, torch.int8))
-
-    def nearest(rows: slice) -> None:
-        own = QParams(scale[rows], None if points is None else points[rows])
-        codes[rows] = quantize(weight[rows], own, spec)
-
-    over_rows(nearest, weight)
-    return codes
+    return codes, QParams(torch.cat([one.scale for one in found]), torch.cat(points) if points else None)
 
 
 def codes_alone(name: str, record: LinearRecord) -> LinearRecord:

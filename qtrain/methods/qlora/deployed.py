@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qtrain.methods.qlora.layers import linear_layers
-from qtrain.methods.qlora.merge import merged_weight
+from qtrain.methods.qlora.merge import merged_rows, merged_weight
 from qtrain.modules.deployed import DeployedTensor
 from qtrain.modules.frozen_linear import frozen_kind
 from qtrain.modules.packed_linear import PackedLinear
@@ -36,7 +36,8 @@ def deployed_tensors(model: PreTrainedModel, base: Mapping[str, torch.Tensor]) -
             key = f"{name}.{kind}" if name else kind
             if kind == "weight" and name in linear and (module is not head or frozen_kind(inner)):
                 shape = (int(inner.out_features), int(inner.in_features))  # type: ignore[arg-type]
-                yield DeployedTensor(key, shape, module is not head, partial(_merged, module, base, key))
+                value, rows = partial(_merged, module, base, key), partial(_rows, module, base, key)
+                yield DeployedTensor(key, shape, module is not head, value, rows)
             elif kind == "bias" or not isinstance(inner, PackedLinear):  # its ranges are in the weight
                 yield DeployedTensor(key, tuple(tensor.shape), False, partial(_plain, tensor, base, key))
         if isinstance(inner, PackedLinear):
@@ -49,6 +50,10 @@ def deployed_tensors(model: PreTrainedModel, base: Mapping[str, torch.Tensor]) -
 
 def _merged(module: nn.Module, base: Mapping[str, torch.Tensor], key: str) -> torch.Tensor:
     return merged_weight(module, base.get(key))
+
+
+def _rows(module: nn.Module, base: Mapping[str, torch.Tensor], key: str) -> Callable[[slice], torch.Tensor]:
+    return merged_rows(module, base.get(key))
 
 
 def _plain(tensor: torch.Tensor, base: Mapping[str, torch.Tensor], key: str) -> torch.Tensor:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.dora import DoraLinearLayer
-from torch import nn
+from torch import Tensor, nn
 
-from qtrain.modules.frozen_linear import dense_weight
-from qtrain.numerics.row_parts import over_rows
+from qtrain.modules.frozen_linear import stored_weight
+from qtrain.numerics.row_parts import all_rows
 
 
-def merged_weight(layer: nn.Module, base: torch.Tensor | None = None) -> torch.Tensor:
+def merged_weight(layer: nn.Module, base: Tensor | None = None) -> Tensor:
     """W + (lora_alpha / r) B A [out, in] in fp32; with DoRA its rows scaled to the trained magnitudes m [out].
 
     Args:
@@ -19,28 +21,46 @@ def merged_weight(layer: nn.Module, base: torch.Tensor | None = None) -> torch.T
         base: a W to merge into instead of the layer's own, dequantized one.
     """
     inner = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
-    weight = dense_weight(inner) if base is None else base
+    weight = stored_weight(inner) if base is None else base
     if not isinstance(layer, LoraLayer):
         return weight.to(torch.float32)
-    for name in layer.active_adapters:
+    return all_rows(merged_rows(layer, weight), weight.shape)
+
+
+def merged_rows(layer: nn.Module, base: Tensor | None = None) -> Callable[[slice], Tensor]:
+    """What computes some rows of ``merged_weight``, which is then never whole."""
+    inner = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+    weight = stored_weight(inner) if base is None else base
+    names = layer.active_adapters if isinstance(layer, LoraLayer) else []
+    adapters = [_Adapter(layer, name) for name in names]
+
+    @torch.no_grad()
+    def some(rows: slice) -> Tensor:
+        part = weight[rows]
+        for adapter in adapters:
+            part = adapter.added(part, rows)
+        return part.to(torch.float32)
+
+    return some
+
+
+class _Adapter:
+    """One adapter of a layer, in fp32."""
+
+    def __init__(self, layer: nn.Module, name: str) -> None:
+        assert isinstance(layer, LoraLayer)
         a, b = layer.lora_A[name], layer.lora_B[name]
         assert isinstance(a, nn.Linear) and isinstance(b, nn.Linear)
-        merged = _added(weight, a.weight.detach().float(), b.weight.detach().float(), layer.scaling[name])
+        self._a, self._b, self._scaling = a.weight.detach().float(), b.weight.detach().float(), layer.scaling[name]
+        self._magnitude: Tensor | None = None
         if name in layer.lora_magnitude_vector:
             dora = layer.lora_magnitude_vector[name]
             assert isinstance(dora, DoraLinearLayer)
-            merged.mul_((dora.weight.detach().float() / merged.norm(dim=1))[:, None])
-        weight = merged
-    return weight
+            self._magnitude = dora.weight.detach().float()
 
-
-@torch.no_grad()
-def _added(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
-    """W + scaling B A in fp32, where A and B lie."""
-    merged = torch.empty(weight.shape, dtype=torch.float32, device=b.device)
-
-    def add(rows: slice) -> None:
-        torch.mm(b[rows], a, out=merged[rows]).mul_(scaling).add_(weight[rows].to(b.device))
-
-    over_rows(add, merged)
-    return merged
+    def added(self, weight: Tensor, rows: slice) -> Tensor:
+        """W + scaling B A of these rows in fp32, where A and B lie."""
+        merged = torch.mm(self._b[rows], self._a).mul_(self._scaling).add_(weight.to(self._b.device))
+        if self._magnitude is not None:
+            merged.mul_((self._magnitude[rows] / merged.norm(dim=1))[:, None])
+        return merged
