@@ -70,7 +70,7 @@ def rows_of(shape: tuple[int, int], device: str, tune: bool) -> list[tuple[str, 
     for name, way in ways.items():
         made = way()
         assert made is not None
-        same = torch.equal((made if made.shape == codes.shape else made.t()).float(), codes.float())
+        same = torch.equal((made.t() if "turned" in name else made).float(), codes.float())
         found.append((name + ("" if same else " (OTHER BITS)"), milliseconds(way)))
     return found
 

@@ -16,8 +16,10 @@ from torch import Tensor
 from qtrain.kernels.fp8_tiles import _e4m3
 from qtrain.kernels.quantize_rows import _to
 
-ROWS, WORDS = 32, 16
-"""Of a tile: rows, and words of eight codes of each. Turned over, 32 codes lie side by side."""
+WORDS, WARPS = 512, 4
+"""Words of eight codes in a tile, one after the other as they lie, and the warps that share it."""
+ROWS, ACROSS = 32, 16
+"""Of a tile that is turned over: rows, and words of each; 32 codes lie side by side then."""
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -32,34 +34,84 @@ def codes(words: Tensor, state: QuantState, scale: Tensor, dtype: torch.dtype, t
     shape = (columns, rows) if turn else (rows, columns)
     out = torch.empty(shape, dtype=torch.float8_e4m3fn, device=words.device)
     second = state.state2 if state.nested else state
-    grid = (triton.cdiv(rows, ROWS), triton.cdiv(columns, 8 * WORDS))
-    _fp8_codes[grid](
-        words.reshape(-1).view(torch.int32),
-        out,
-        scale,
-        state.code,
-        state.absmax,
-        second.code,
-        second.absmax,
-        state.offset if state.nested else state.code,
-        rows,
-        columns // 8,
-        DTYPE=_TYPES[dtype],
-        PER_BLOCK=state.blocksize // 8,
-        SECOND=second.blocksize,
-        NESTED=state.nested,
-        TURN=turn,
-        ROWS=ROWS,
-        WORDS=WORDS,
-        BY_HAND=triton.knobs.runtime.interpret,
-        num_warps=4,
-        enable_fp_fusion=False,
-    )
+    offset = state.offset if state.nested else state.code
+    known = (words.reshape(-1).view(torch.int32), out, scale, state.code, state.absmax, second.code, second.absmax)
+    kinds = {
+        "DTYPE": _TYPES[dtype],
+        "PER_BLOCK": state.blocksize // 8,
+        "SECOND": second.blocksize,
+        "NESTED": state.nested,
+        "BY_HAND": triton.knobs.runtime.interpret,
+        "enable_fp_fusion": False,
+    }
+    if turn:
+        grid = (triton.cdiv(rows, ROWS), triton.cdiv(columns, 8 * ACROSS))
+        _turned[grid](*known, offset, rows, columns // 8, ROWS=ROWS, WORDS=ACROSS, num_warps=4, **kinds)
+    else:
+        count = rows * columns // 8
+        assert count + WORDS < 2**31
+        _as_they_lie[(triton.cdiv(count, WORDS),)](
+            *known, offset, count, columns // 8, WORDS=WORDS, num_warps=WARPS, **kinds
+        )
     return out
 
 
 @triton.jit
-def _fp8_codes(  # type: ignore[no-untyped-def]
+def _absmax(  # type: ignore[no-untyped-def]
+    block, there, absmax_ptr, second_code_ptr, second_absmax_ptr, offset_ptr, SECOND: tl.constexpr, NESTED: tl.constexpr
+):
+    absmax = tl.load(absmax_ptr + block, mask=there, other=0)
+    if NESTED:
+        largest = tl.load(second_absmax_ptr + block // SECOND, mask=there, other=0.0)
+        absmax = tl.load(second_code_ptr + absmax.to(tl.int32)) * largest + tl.load(offset_ptr)
+    return absmax
+
+
+@triton.jit
+def _codes(weight, inverse, DTYPE: tl.constexpr, BY_HAND: tl.constexpr):  # type: ignore[no-untyped-def]
+    y = _to(weight, DTYPE).to(tl.float32) * inverse
+    y = tl.minimum(tl.maximum(y, -448.0), 448.0)
+    if BY_HAND:
+        y = _e4m3(y)
+    return y.to(tl.float8e4nv)
+
+
+@triton.jit
+def _as_they_lie(  # type: ignore[no-untyped-def]
+    words_ptr,
+    out_ptr,
+    scale_ptr,
+    code_ptr,
+    absmax_ptr,
+    second_code_ptr,
+    second_absmax_ptr,
+    offset_ptr,
+    count,
+    across,
+    DTYPE: tl.constexpr,
+    PER_BLOCK: tl.constexpr,
+    SECOND: tl.constexpr,
+    NESTED: tl.constexpr,
+    WORDS: tl.constexpr,
+    BY_HAND: tl.constexpr,
+):
+    # A word of each row side by side in one program, as below, took twice as long as by way of 16 bits.
+    word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)  # 32 bits: they are divided by a number of any value
+    there = word < count
+    bits = tl.load(words_ptr + word, mask=there, other=0)
+    absmax = _absmax(
+        word // PER_BLOCK, there, absmax_ptr, second_code_ptr, second_absmax_ptr, offset_ptr, SECOND, NESTED
+    )
+    inverse = tl.math.div_rn(1.0, tl.load(scale_ptr + word // across, mask=there, other=1.0))
+    number = tl.arange(0, 8)
+    # Bytes lie from the lowest up, and in each the first of two codes is the upper half.
+    weight = tl.load(code_ptr + ((bits[:, None] >> (4 * (number ^ 1))[None, :]) & 15)) * absmax[:, None]
+    q = _codes(weight, inverse[:, None], DTYPE, BY_HAND)
+    tl.store(out_ptr + word.to(tl.int64)[:, None] * 8 + number[None, :], q, mask=there[:, None])
+
+
+@triton.jit
+def _turned(  # type: ignore[no-untyped-def]
     words_ptr,
     out_ptr,
     scale_ptr,
@@ -74,7 +126,6 @@ def _fp8_codes(  # type: ignore[no-untyped-def]
     PER_BLOCK: tl.constexpr,
     SECOND: tl.constexpr,
     NESTED: tl.constexpr,
-    TURN: tl.constexpr,
     ROWS: tl.constexpr,
     WORDS: tl.constexpr,
     BY_HAND: tl.constexpr,
@@ -84,23 +135,13 @@ def _fp8_codes(  # type: ignore[no-untyped-def]
     there = (row < rows)[:, None] & (word < across)[None, :]
     place = row[:, None] * across + word[None, :]
     bits = tl.load(words_ptr + place, mask=there, other=0)
-    block = place // PER_BLOCK
-    absmax = tl.load(absmax_ptr + block, mask=there, other=0)
-    if NESTED:
-        largest = tl.load(second_absmax_ptr + block // SECOND, mask=there, other=0.0)
-        absmax = tl.load(second_code_ptr + absmax.to(tl.int32)) * largest + tl.load(offset_ptr)
+    absmax = _absmax(
+        place // PER_BLOCK, there, absmax_ptr, second_code_ptr, second_absmax_ptr, offset_ptr, SECOND, NESTED
+    )
     inverse = tl.math.div_rn(1.0, tl.load(scale_ptr + row, mask=row < rows, other=1.0))
     number = tl.arange(0, 8)
-    # Bytes lie from the lowest up, and in each the first of two codes is the upper half.
     weight = tl.load(code_ptr + ((bits[:, :, None] >> (4 * (number ^ 1))[None, None, :]) & 15)) * absmax[:, :, None]
-    y = _to(weight, DTYPE).to(tl.float32) * inverse[:, None, None]
-    y = tl.minimum(tl.maximum(y, -448.0), 448.0)
-    if BY_HAND:
-        y = _e4m3(y)
-    q = y.to(tl.float8e4nv)
+    q = _codes(weight, inverse[:, None, None], DTYPE, BY_HAND)
     column = word[:, None] * 8 + number[None, :]
-    if TURN:
-        inside = (word < across)[:, None, None] & (row < rows)[None, None, :]
-        tl.store(out_ptr + column[:, :, None] * rows + row[None, None, :], tl.permute(q, (1, 2, 0)), mask=inside)
-    else:
-        tl.store(out_ptr + row[:, None, None] * (8 * across) + column[None, :, :], q, mask=there[:, :, None])
+    inside = (word < across)[:, None, None] & (row < rows)[None, None, :]
+    tl.store(out_ptr + column[:, :, None] * rows + row[None, None, :], tl.permute(q, (1, 2, 0)), mask=inside)

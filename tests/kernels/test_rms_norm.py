@@ -71,7 +71,9 @@ def test_kernels_are_their_twins(shape: tuple[int, int], dtype: torch.dtype) -> 
     torch.testing.assert_close(y, wanted, rtol=tolerance, atol=tolerance)
     strided = dy.t().contiguous().t()
     found, wanted = kernel.rms_norm_tiles.backward(x, weight, r, strided), kernel.plain_backward(x, weight, r, dy)
-    assert found.dtype == dtype and (found - wanted).float().norm() <= tolerance * wanted.float().norm()
+    # The two parts of dx, of which nothing is left where a row is one number.
+    part = (r.reshape(-1, 1) * dy.float() * weight.float()).norm()
+    assert found.dtype == dtype and (found - wanted).float().norm() <= tolerance * part
 
 
 def test_a_weight_that_trains_is_not_taken() -> None:
