@@ -25,6 +25,7 @@ except ImportError:  # Triton comes with torch where there is a GPU
     adamw8_tiles = None  # type: ignore[assignment]
 
 BLOCK = 256
+ELSEWHERE = "not on a GPU with Triton"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -128,19 +129,20 @@ class Tensors:
         adamw8_tiles.adamw8_(self._table, places, step, maps, factor)
 
 
-def fits(parts: Parts) -> bool:
-    """Whether the kernel knows these: addresses for 16 bytes at a time, blocks of 256."""
+def unfit(parts: Parts) -> str | None:
+    """Why the kernel does not know these, if it does not: it reads 16 bytes at a time, of blocks of 256."""
     weight, gradient, codes1, codes2, absmax1, absmax2 = parts
-    return (
-        adamw8_tiles is not None
-        and weight.dtype == gradient.dtype
-        and weight.dtype in DTYPES
-        and codes1.dtype == codes2.dtype == torch.uint8
-        and absmax1.dtype == absmax2.dtype == torch.float32
-        and weight.numel() == gradient.numel() == codes1.numel() == codes2.numel()
-        and absmax1.numel() == absmax2.numel() == -(-weight.numel() // BLOCK)
-        and all(map(readable, parts))
-    )
+    if adamw8_tiles is None or not all(map(adamw8_tiles.reaches, parts)):
+        return ELSEWHERE
+    if weight.dtype != gradient.dtype or weight.dtype not in DTYPES:
+        return f"weights in {weight.dtype}, gradients in {gradient.dtype}".replace("torch.", "")
+    if not weight.numel() == gradient.numel() == codes1.numel() == codes2.numel():
+        return "states of another size"
+    if not (codes1.dtype == codes2.dtype == torch.uint8 and absmax1.dtype == absmax2.dtype == torch.float32):
+        return "states in other dtypes"
+    if not absmax1.numel() == absmax2.numel() == -(-weight.numel() // BLOCK):
+        return f"blocks of other than {BLOCK}"
+    return None if all(map(readable, parts)) else "not contiguous, or not at a multiple of 16 bytes"
 
 
 def readable(part: Tensor) -> bool:

@@ -7,7 +7,8 @@ bitsandbytes' own and so are state dicts.
 
 from __future__ import annotations
 
-from collections import defaultdict
+import logging
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, cast
@@ -24,6 +25,7 @@ from qtrain.kernels import adamw8
 from qtrain.kernels.adamw8 import AdamW8Step, Maps, Parts
 from qtrain.training.gradients import gradients_of, scale_
 
+log = logging.getLogger(__name__)
 ROOM = 0.1
 """Share of the GPU's memory that is free where no pages have to be fetched."""
 STATES = ("state1", "state2", "absmax1", "absmax2")
@@ -84,6 +86,8 @@ class _OneLaunch:
     _found: dict[tuple[int, int, torch.dtype], list[tuple[dict[str, Any], Parts]]] | None = None
     _together: Sequence[_Together] = ()
     _maps: Maps | None = None
+    _left: Counter[str] = Counter()
+    _said = False
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update; what ``closure`` gives, if there is one."""
@@ -124,11 +128,12 @@ class _OneLaunch:
             waits = waits or torch.cuda.current_stream() != torch.cuda.default_stream()
         if factor is not None:
             scale_(gradients_of(cast(Optimizer, self)), factor)
-        self._found = defaultdict(list) if self._plain() else None
+        self._found, self._left = defaultdict(list) if self._plain() else None, Counter()
         try:
             with nullcontext() if waits else mock.patch.object(upstream, "sync_gpu", lambda tensor: None):
                 super().step()  # type: ignore[misc]
             self._launch()
+            self._say_left()
         finally:
             self._found = None
 
@@ -142,9 +147,11 @@ class _OneLaunch:
         state, gradient = self.state[p], p.grad  # type: ignore[attr-defined]
         if self._found is not None and gradient is not None and p.device == self._device and "qmap1" in state:
             parts = Parts(p, gradient, *(state[name] for name in STATES))
-            if adamw8.fits(parts) and self._shares_maps(p, state):
+            why = adamw8.unfit(parts) or (None if self._shares_maps(p, state) else "codes of another meaning")
+            if why is None:
                 self._found[gindex, state["step"], p.dtype].append((state, parts))
                 return
+            self._left[why] += why != adamw8.ELSEWHERE  # of all, and said before (``detour_words``)
         super().update_step(group, p, gindex, pindex)  # type: ignore[misc]
 
     def _plain(self) -> bool:
@@ -173,6 +180,15 @@ class _OneLaunch:
             gradients = [parts.gradient for _, parts in found]
             together[-1].step_(gradients, self.param_groups[gindex], self._maps, None)  # type: ignore[attr-defined]
         self._together = together
+
+    def _say_left(self) -> None:
+        """Once, that some of the parameters of 8 bits are updated one by one."""
+        left, together = sum(self._left.values()), sum(map(len, (self._found or {}).values()))
+        if self._said or not left:
+            return
+        self._said = True
+        reasons = "; ".join(f"{count} {why}" for why, count in (+self._left).items())
+        log.info("bitsandbytes updates %d of %d parameters one by one: %s", left, left + together, reasons)
 
     def state_dict(self) -> dict[str, Any]:
         """After what was launched."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import weakref
 from typing import Any
@@ -203,19 +204,38 @@ def test_what_does_not_fit_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
         return
     monkeypatch.setattr(adamw8.adamw8_tiles, "reaches", lambda x: True)
     parts = example(4096, torch.float32)
-    assert adamw8.fits(parts)
-    for field, other in (
-        ("weight", parts.weight.double()),
-        ("gradient", parts.gradient.bfloat16()),
-        ("gradient", torch.zeros(4097, device=DEVICE)[1:]),  # not at a multiple of 16 bytes
-        ("weight", torch.zeros(8192, device=DEVICE)[::2]),
-        ("codes1", parts.codes1.float()),
-        ("absmax2", parts.absmax2[:15]),  # blocks of another size
-        ("absmax1", parts.absmax1.double()),
+    assert adamw8.unfit(parts) is None
+    for why, field, other in (
+        ("weights in float64, gradients in float32", "weight", parts.weight.double()),
+        ("gradients in bfloat16", "gradient", parts.gradient.bfloat16()),
+        ("16 bytes", "gradient", torch.zeros(4097, device=DEVICE)[1:]),
+        ("not contiguous", "weight", torch.zeros(8192, device=DEVICE)[::2]),
+        ("other dtypes", "codes1", parts.codes1.float()),
+        ("another size", "codes2", parts.codes2[:4095]),
+        ("blocks of other than 256", "absmax2", parts.absmax2[:15]),
+        ("other dtypes", "absmax1", parts.absmax1.double()),
     ):
-        assert not adamw8.fits(parts._replace(**{field: other})), field
+        assert why in (adamw8.unfit(parts._replace(**{field: other})) or ""), field
     monkeypatch.setattr(adamw8, "adamw8_tiles", None)
-    assert not adamw8.fits(parts)
+    assert adamw8.unfit(parts) == "not on a GPU with Triton"
+
+
+@KERNEL
+def test_what_is_left_to_bitsandbytes_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(adamw8.adamw8_tiles, "reaches", lambda x: True)
+    weights = [torch.nn.Parameter(torch.randn(4096, device=DEVICE)) for _ in range(3)]
+    optimizer = bnb_optimizers.AdamW8bit(weights)
+    with caplog.at_level(logging.INFO, logger="qtrain"):
+        for _ in range(2):
+            for index, weight in enumerate(weights):
+                weight.grad = torch.randn(4097, device=DEVICE)[1:] if index == 1 else torch.randn(4096, device=DEVICE)
+            optimizer.step()
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [
+        "bitsandbytes updates 1 of 3 parameters one by one: 1 not contiguous, or not at a multiple of 16 bytes"
+    ]
 
 
 @KERNEL
