@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 
 import bitsandbytes as bnb
 import torch
-from bitsandbytes.functional import dequantize_4bit
 from torch import nn
 from transformers import PreTrainedModel
 
+from qtrain.kernels.nf4_dequantize import begins_blocks_anew, dequantize_4bit
 from qtrain.kernels.nf4_quantize import nf4_quantize
 from qtrain.modules.host_memory import give_back
 from qtrain.modules.packed_linear import PackedLinear
@@ -28,6 +28,20 @@ class _Linear8bit(bnb.nn.Linear8bitLt):
         if self.weight.SCB is not None:  # a moved weight brings codes without scales; both are in the state already
             self.state.CB, self.state.SCB = self.weight.CB, self.weight.SCB
         self.weight.CB = self.weight.SCB = None
+
+
+class _Linear4bit(bnb.nn.Linear4bit):
+    """NF4 or FP4 that is read as it was stored, rows that end within a block too."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight
+        assert isinstance(weight, bnb.nn.Params4bit)
+        if weight.quant_state is None or not begins_blocks_anew(weight.data, weight.quant_state):
+            y: torch.Tensor = super().forward(x)
+            return y
+        dtype = self.compute_dtype or x.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return nn.functional.linear(x.to(dtype), stored_weight(self).to(dtype), bias).to(x.dtype)
 
 
 def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
@@ -91,7 +105,7 @@ def frozen_shell(
             threshold=threshold,
             device="meta",
         )
-    frozen = bnb.nn.Linear4bit(
+    frozen = _Linear4bit(  # type: ignore[no-untyped-call]
         linear.in_features,
         linear.out_features,
         bias,
@@ -166,7 +180,7 @@ def stored_weight(layer: nn.Module) -> torch.Tensor:
     weight = layer.weight
     assert isinstance(weight, torch.Tensor)
     if isinstance(weight, bnb.nn.Params4bit):
-        return dequantize_4bit(weight.data, weight.quant_state)
+        return dequantize_4bit(weight.data, weight.quant_state, weight.quant_state.dtype)
     if isinstance(layer, bnb.nn.Linear8bitLt):
         codes, largest = layer.state.CB, layer.state.SCB
         assert codes is not None and largest is not None  # freeze_linear initialised them

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -93,7 +95,8 @@ def base(tiny_llama_dir: Path, make_checkpoint: Callable[..., Any]) -> Base:
             directory = tiny_llama_dir
         else:
             options = QLoraOptions(r=4, base="checkpoint", **keys)
-            directory = make_checkpoint(*CHECKPOINTS[name]()).directory
+            whole = {"intermediate_size": 128} if keys.get("dora") and name == "bitsandbytes nf4" else {}
+            directory = make_checkpoint(*CHECKPOINTS[name](), **whole).directory
         model = load_base(
             ModelSection(path=str(directory)), options, torch.float32, compute_dtype=torch.float32, device=CPU
         )
@@ -288,6 +291,14 @@ def test_codebooks_are_for_adapters_alone(make_checkpoint: Callable[..., Any]) -
         options = METHODS.get("peqa").model_validate({"name": "peqa", **keys})
         with pytest.raises(ModelError, match=r"method\.name=qlora"):
             load_base(section, options, torch.float32, compute_dtype=torch.float32, device=CPU)
+
+
+def test_dora_is_refused_where_peft_reads_other_numbers(tiny_llama: PreTrainedModel) -> None:
+    tiny_llama.model.layers[0].mlp.down_proj = torch.nn.Linear(96, 64, bias=False)
+    for keys, refused in (({"dora": True}, True), ({"dora": True, "base": "int8"}, False), ({}, False)):
+        method = build_method(QLoraOptions(r=4, **keys))
+        with pytest.raises(ModelError, match=r"0\.mlp\.down_proj: DoRA over 96") if refused else nullcontext():
+            method.prepare(copy.deepcopy(tiny_llama), compute_dtype=torch.float32, device=CPU)
 
 
 @pytest.mark.parametrize("given", [False, True])

@@ -54,14 +54,22 @@ class Made:
 
 @pytest.fixture
 def make_checkpoint(tmp_path: Path) -> Callable[..., Made]:
-    """``make(quantize, header, kind="llama" | "qwen2", tied=..., shards=...)``: every linear but lm_head quantized."""
+    """``make(quantize, header, kind="llama" | "qwen2", tied=..., shards=..., intermediate_size=...)``: every linear but
+    lm_head quantized.
+    """
 
     def make(
-        quantize: Quantize, header: Mapping[str, Any], *, kind: str = "llama", tied: bool = False, shards: int = 1
+        quantize: Quantize,
+        header: Mapping[str, Any],
+        *,
+        kind: str = "llama",
+        tied: bool = False,
+        shards: int = 1,
+        **sizes: int,
     ) -> Made:
         torch.manual_seed(7)
         classes = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}[kind]
-        model = classes[1](classes[0](**SIZES, tie_word_embeddings=tied)).eval()
+        model = classes[1](classes[0](**{**SIZES, **sizes}, tie_word_embeddings=tied)).eval()
         for parameter in model.parameters():  # what the file holds must survive its dtype
             parameter.data = torch.randn_like(parameter).mul(0.05).to(torch.bfloat16).float()
         tensors = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}

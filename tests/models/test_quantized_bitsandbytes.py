@@ -9,7 +9,7 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.functional import QuantState, dequantize_blockwise
 from torch import Tensor, nn
 
 from qtrain.errors import ModelError
@@ -67,8 +67,17 @@ class Bnb:
             weight = parts["weight"].float() * (parts["SCB"] / 127)[:, None]
             parts["weight_format"] = torch.tensor(0, dtype=torch.uint8)
         else:
-            weight = dequantize_4bit(theirs.weight.data, theirs.weight.quant_state)
+            weight = by_hand(theirs.weight.data, theirs.weight.quant_state)
         return parts, weight
+
+
+def by_hand(words: Tensor, state: QuantState) -> Tensor:
+    """bitsandbytes (0.50) itself reads rows that end within a block otherwise on a CPU."""
+    pairs = words.flatten().view(torch.uint8)
+    codes = torch.stack([pairs >> 4, pairs & 15], dim=1).flatten()[: state.shape.numel()]
+    absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+    numbers = state.code[codes.int()] * absmax.repeat_interleave(state.blocksize)[: len(codes)]
+    return numbers.view(state.shape).to(state.dtype)
 
 
 def stored(layer: nn.Module) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import bitsandbytes as bnb
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_blockwise
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
@@ -175,3 +176,28 @@ def test_a_plain_layer_is_its_own_weight() -> None:
     weight = dense_weight(layer)
     assert weight.dtype == torch.float32 and not weight.requires_grad
     assert torch.equal(weight, layer.weight.detach().float())
+
+
+@pytest.mark.parametrize(("base", "double_quant"), FOUR_BITS)
+@pytest.mark.parametrize("shape", [(24, 48), (24, 72), (24, 96), (24, 128), (5, 48), (3, 160)], ids=str)
+def test_rows_that_end_within_a_block(shape: tuple[int, int], base: str, double_quant: bool) -> None:
+    """bitsandbytes (0.50) reads some of them on a CPU otherwise than it stored them."""
+    torch.manual_seed(0)
+    linear = nn.Linear(shape[1], shape[0]).requires_grad_(False)
+    linear.weight *= torch.arange(1, shape[0] + 1).unsqueeze(1)  # so that blocks differ
+    wanted = linear.weight.clone()
+    frozen = freeze_linear(
+        linear, base, double_quant=double_quant, compute_dtype=torch.float32, device=torch.device("cpu")
+    )
+    words, state = frozen.weight.data, frozen.weight.quant_state
+    codes = torch.stack([words.flatten() >> 4, words.flatten() & 15], dim=1).flatten()[: wanted.numel()]
+    absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+    by_hand = (state.code[codes.int()] * absmax.repeat_interleave(64)[: wanted.numel()]).view(shape)
+    assert torch.equal(dense_weight(frozen), by_hand)
+    # Half of the widest step between two codes of the largest block.
+    assert float((by_hand - wanted).abs().max()) <= 0.2 * float(wanted.abs().max())
+    x = torch.randn(7, shape[1], requires_grad=True)
+    y = frozen(x)
+    torch.testing.assert_close(y, x @ by_hand.t() + linear.bias)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, by_hand.sum(0).expand(7, -1))

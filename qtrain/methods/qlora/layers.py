@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import bitsandbytes as bnb
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
 from qtrain.errors import ModelError
+from qtrain.kernels.nf4_dequantize import begins_blocks_anew
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -44,3 +48,22 @@ def target_names(model: PreTrainedModel, wanted: str | list[str]) -> list[str]:
             )
         chosen.update(hits)
     return [name for name in names if name in chosen]
+
+
+def check_dora(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise where PEFT would take DoRA's norms of other numbers than the layer multiplies with.
+
+    Raises:
+        ModelError: rows of 4 bits on a CPU that end within a block.
+    """
+    for name in names:
+        layer = model.get_submodule(name)
+        weight = getattr(layer, "weight", None)
+        state = getattr(weight, "quant_state", None)
+        if isinstance(weight, bnb.nn.Params4bit) and state is not None and begins_blocks_anew(weight.data, state):
+            raise ModelError(
+                f"{name}: DoRA over {state.shape[-1]} inputs in {state.quant_type} on a CPU",
+                rule=f"rows are multiples of {state.blocksize} there: PEFT has bitsandbytes read the others, as it did "
+                "not store them",
+                fix="method.dora=false, method.base=int8, or a GPU",
+            )

@@ -23,7 +23,7 @@ from qtrain.methods.packed.lines import packed_lines
 from qtrain.methods.packed.pack import layers_to_pack, pack_layers, reads_weights_alone
 from qtrain.methods.qlora.config import QLoraOptions
 from qtrain.methods.qlora.deployed import deployed_tensors
-from qtrain.methods.qlora.layers import linear_layers, target_names
+from qtrain.methods.qlora.layers import check_dora, linear_layers, target_names
 from qtrain.methods.qlora.neftune import add_neftune
 from qtrain.methods.qlora.orthogonal import start_orthogonal
 from qtrain.methods.qlora.streamed import frozen_base
@@ -106,6 +106,8 @@ class QLora(Method[QLoraOptions]):
                 device=device,
                 progress=progress,
             )
+        if options.dora:
+            check_dora(model, targets)
         config = LoraConfig(
             r=options.r,
             lora_alpha=options.lora_alpha,  # type: ignore[arg-type]  # PEFT divides it, whole or not
