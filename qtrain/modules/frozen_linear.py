@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import bitsandbytes as bnb
 import torch
+from bitsandbytes.functional import QuantState
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -34,14 +36,27 @@ class _Linear4bit(bnb.nn.Linear4bit):
     """NF4 or FP4 that is read as it was stored, rows that end within a block too."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.weight
-        assert isinstance(weight, bnb.nn.Params4bit)
-        if weight.quant_state is None or not begins_blocks_anew(weight.data, weight.quant_state):
+        state = getattr(self.weight, "quant_state", None) or self.quant_state  # fsdp2 gathers a plain parameter
+        if state is None or not begins_blocks_anew(self.weight, state):
             y: torch.Tensor = super().forward(x)
             return y
         dtype = self.compute_dtype or x.dtype
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return nn.functional.linear(x.to(dtype), stored_weight(self).to(dtype), bias).to(x.dtype)
+        y = _Product.apply(x.to(dtype), self.weight, state)  # type: ignore[no-untyped-call]
+        return (y if self.bias is None else y + self.bias.to(dtype)).to(x.dtype)
+
+
+class _Product(torch.autograd.Function):
+    """x W^T; W is read anew for the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, words: torch.Tensor, state: QuantState) -> torch.Tensor:
+        ctx.save_for_backward(words)
+        ctx.state = state
+        return x @ dequantize_4bit(words.data, state, x.dtype).t()
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return dy @ dequantize_4bit(ctx.saved_tensors[0].data, ctx.state, dy.dtype), None, None
 
 
 def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:

@@ -33,14 +33,21 @@ def over_rows(work: Callable[[slice], T], x: Tensor) -> list[T]:
     step = max(1, (PART if on_cpu else DEVICE_PART) // columns)
     parts = [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
     threads = torch.get_num_threads()
-    workers = min(threads, WORKERS)
-    if len(parts) < 2 or workers < 2 or not on_cpu:
+    if len(parts) < 2 or threads < 2 or not on_cpu:
         return [work(part) for part in parts]
+    # As many cores as can be shared out evenly: 6 are three of two, not four of one.
+    workers = max(range(2, min(threads, WORKERS) + 1), key=lambda few: (threads // few * few, few))
     torch.set_num_threads(threads // workers)  # new threads begin with as many
     try:
         pool = _pool(workers, threads // workers)
         begun = [pool.submit(_like(work), part) for part in parts]
-        wait(begun)  # where one fails too: none goes on behind the back of who reports it
+        try:
+            wait(begun)  # where one fails too: none goes on behind the back of who reports it
+        except BaseException:  # a key, a signal
+            for one in begun:
+                one.cancel()
+            wait(begun)
+            raise
         return [one.result() for one in begun]
     finally:
         torch.set_num_threads(threads)

@@ -188,7 +188,9 @@ class _OneLaunch:
             return
         self._said = True
         reasons = "; ".join(f"{count} {why}" for why, count in (+self._left).items())
-        log.info("bitsandbytes updates %d of %d parameters one by one: %s", left, left + together, reasons)
+        log.info(
+            "bitsandbytes updates %d of %d parameters with 8-bit states one by one: %s", left, left + together, reasons
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """After what was launched."""

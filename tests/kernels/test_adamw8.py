@@ -234,7 +234,8 @@ def test_what_is_left_to_bitsandbytes_is_said_once(
             optimizer.step()
     said = [record.getMessage() for record in caplog.records]
     assert said == [
-        "bitsandbytes updates 1 of 3 parameters one by one: 1 not contiguous, or not at a multiple of 16 bytes"
+        "bitsandbytes updates 1 of 3 parameters with 8-bit states one by one: "
+        "1 not contiguous, or not at a multiple of 16 bytes"
     ]
 
 

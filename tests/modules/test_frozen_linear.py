@@ -9,6 +9,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_blockwise
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaForCausalLM
 
 from qtrain.modules.frozen_linear import dense_weight, freeze_linear, linears, quantize_base
@@ -196,8 +197,20 @@ def test_rows_that_end_within_a_block(shape: tuple[int, int], base: str, double_
     assert torch.equal(dense_weight(frozen), by_hand)
     # Half of the widest step between two codes of the largest block.
     assert float((by_hand - wanted).abs().max()) <= 0.2 * float(wanted.abs().max())
-    x = torch.randn(7, shape[1], requires_grad=True)
-    y = frozen(x)
+    x, kept = torch.randn(7, shape[1], requires_grad=True), list[Tensor]()
+    with saved_tensors_hooks(lambda saved: kept.append(saved) or saved, lambda saved: saved):
+        y = frozen(x)
+    assert all(saved.dtype == torch.uint8 for saved in kept)
     torch.testing.assert_close(y, x @ by_hand.t() + linear.bias)
     y.sum().backward()
     torch.testing.assert_close(x.grad, by_hand.sum(0).expand(7, -1))
+    # fsdp2 gathers the codes as a plain parameter.
+    frozen.weight = nn.Parameter(words, requires_grad=False)
+    assert torch.equal(frozen(x), y)
+
+
+def test_rows_that_end_within_a_block_are_rounded_once() -> None:
+    linear = nn.Linear(96, 8, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    frozen = freeze_linear(linear, "nf4", double_quant=True, compute_dtype=torch.float32, device=torch.device("cpu"))
+    read = frozen(torch.eye(96)).t()
+    assert not torch.equal(read, read.bfloat16().float()) and torch.equal(read.bfloat16().float(), dense_weight(frozen))

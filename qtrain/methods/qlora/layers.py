@@ -65,5 +65,5 @@ def check_dora(model: nn.Module, names: Iterable[str]) -> None:
                 f"{name}: DoRA over {state.shape[-1]} inputs in {state.quant_type} on a CPU",
                 rule=f"rows are multiples of {state.blocksize} there: PEFT has bitsandbytes read the others, as it did "
                 "not store them",
-                fix="method.dora=false, method.base=int8, or a GPU",
+                fix="a GPU; for a run that begins method.dora=false or method.base=int8 too",
             )
