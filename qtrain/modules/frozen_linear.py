@@ -36,7 +36,7 @@ class _Linear4bit(bnb.nn.Linear4bit):
     """NF4 or FP4 that is read as it was stored, rows that end within a block too."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        state = getattr(self.weight, "quant_state", None) or self.quant_state  # fsdp2 gathers a plain parameter
+        state = self.quant_state  # gathered under FSDP2, a weight has no state
         if state is None or not begins_blocks_anew(self.weight, state):
             y: torch.Tensor = super().forward(x)
             return y

@@ -44,7 +44,7 @@ def grouped(x: Tensor, spec: QuantSpec) -> Tensor:
         ModelError: nothing to share a scale, or a width that is no multiple of the group size.
     """
     size, divided = _sizes(x, spec)
-    rows = 1 if spec.granularity in ("per_tensor", "per_block") else x.numel() // divided
+    rows = 1 if spec.rows_share_scales else x.numel() // divided
     return x.to(torch.float32).reshape(rows, divided // size, size)
 
 

@@ -46,7 +46,7 @@ def search_qparams(
     """
     if importance is not None:
         _check(importance, x)
-    whole = spec.granularity in ("per_tensor", "per_block")  # rows share scales: they cannot be taken apart
+    whole = spec.rows_share_scales
     weights = None if importance is None else importance.to(x.device, torch.float32)
     lowest = SHRINK.get(spec.bits, 0.7) if shrink is None else shrink
     factors = torch.linspace(lowest, grow, steps if lowest >= 0.7 else 2 * steps).tolist()

@@ -94,6 +94,11 @@ class QuantSpec:
         return self.format in FLOAT_MAX
 
     @property
+    def rows_share_scales(self) -> bool:
+        """Rows cannot be taken apart: one scale may stand for numbers of several."""
+        return self.granularity in ("per_tensor", "per_block")
+
+    @property
     def quant_min(self) -> int:
         """The lowest code: -(2^(b-1) - 1), or one less where the whole range is used."""
         whole = self.full_range or self.mid_rise or not self.symmetric or self.convention != "vllm"

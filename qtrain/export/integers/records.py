@@ -69,7 +69,7 @@ def quantize_linear(
         return search_qparams(weight, spec, importance) if scales == "mse" else choose_qparams(weight, spec)
 
     try:
-        if hessian is not None or spec.granularity in ("per_tensor", "per_block"):
+        if hessian is not None or spec.rows_share_scales:
             weight = tensor.value().detach()
             qparams = ranges(weight)
             codes = quantize(weight, qparams, spec) if hessian is None else gptq_codes(weight, qparams, hessian, spec)

@@ -20,8 +20,7 @@ def merged_weight(layer: nn.Module, base: Tensor | None = None) -> Tensor:
         layer: a PEFT LoRA linear, or any frozen linear (then W alone).
         base: a W to merge into instead of the layer's own, dequantized one.
     """
-    inner = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
-    weight = stored_weight(inner) if base is None else base
+    weight = _weight(layer, base)
     if not isinstance(layer, LoraLayer):
         return weight.to(torch.float32)
     return all_rows(merged_rows(layer, weight), weight.shape)
@@ -29,8 +28,7 @@ def merged_weight(layer: nn.Module, base: Tensor | None = None) -> Tensor:
 
 def merged_rows(layer: nn.Module, base: Tensor | None = None) -> Callable[[slice], Tensor]:
     """What computes some rows of ``merged_weight``, which is then never whole."""
-    inner = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
-    weight = stored_weight(inner) if base is None else base
+    weight = _weight(layer, base)
     names = layer.active_adapters if isinstance(layer, LoraLayer) else []
     adapters = [_Adapter(layer, name) for name in names]
 
@@ -42,6 +40,12 @@ def merged_rows(layer: nn.Module, base: Tensor | None = None) -> Callable[[slice
         return part.to(torch.float32)
 
     return some
+
+
+def _weight(layer: nn.Module, base: Tensor | None) -> Tensor:
+    if base is not None:
+        return base
+    return stored_weight(layer.get_base_layer() if isinstance(layer, LoraLayer) else layer)
 
 
 class _Adapter:
