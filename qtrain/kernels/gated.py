@@ -30,19 +30,20 @@ def gated(activation: Activation, gate: Tensor, up: Tensor, room: Room = NO_ROOM
 
 
 def gated_backward(
-    activation: Activation, gate: Tensor, up: Tensor, gradient: Tensor, room: Room = NO_ROOM
+    activation: Activation, gate: Tensor, up: Tensor, gradient: Tensor, room: Room = NO_ROOM, *, opened: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(h, dL/dg, dL/du) from g, u and dL/dh: h for the gradient of what multiplied it.
 
     Args:
         room: beside each row of dL/du; of two dimensions then.
+        opened: h is wanted; without, what stands in its place is anything, and the kernel writes a third less.
     """
     if _one_pass(activation, gate):
-        return gated_tiles.backward(gate, up, gradient, room)
+        return gated_tiles.backward(gate, up, gradient, room, opened=opened)
     if activation is F.silu:
-        opened = F.silu(gate)
+        share = F.silu(gate)
         d_gate: Tensor = torch.ops.aten.silu_backward(gradient * up, gate)
-        return opened * up, d_gate, _placed(opened.mul_(gradient), room)
+        return share * up if opened else share, d_gate, _placed(share.mul_(gradient), room)
     with torch.enable_grad():
         g, u = gate.detach().requires_grad_(), up.detach().requires_grad_()
         h = activation(g) * u

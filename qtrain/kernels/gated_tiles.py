@@ -32,12 +32,15 @@ def forward(gate: Tensor, up: Tensor, room: Room = NO_ROOM) -> Tensor:
     return h
 
 
-def backward(gate: Tensor, up: Tensor, gradient: Tensor, room: Room = NO_ROOM) -> tuple[Tensor, Tensor, Tensor]:
-    """(h, dL/dg, dL/du), contiguous but for the room beside the last one's rows."""
+def backward(
+    gate: Tensor, up: Tensor, gradient: Tensor, room: Room = NO_ROOM, *, opened: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(h, dL/dg, dL/du), contiguous but for the room beside the last one's rows; without ``opened`` no h is there."""
     gate, up, gradient = gate.contiguous(), up.contiguous(), gradient.contiguous()
-    h, d_gate, d_up = torch.empty_like(gate), torch.empty_like(gate), _empty(gate, room)
+    d_gate, d_up = torch.empty_like(gate), _empty(gate, room)
+    h = torch.empty_like(gate) if opened else gate
     grid, size = _grid(gate)
-    _backward[grid](gate, up, gradient, h, d_gate, d_up, size, size + sum(room), BLOCK=BLOCK)
+    _backward[grid](gate, up, gradient, h, d_gate, d_up, size, size + sum(room), OPENED=opened, BLOCK=BLOCK)
     return h, d_gate, d_up
 
 
@@ -62,7 +65,7 @@ def _forward(g_ptr, u_ptr, h_ptr, size, h_stride, BLOCK: tl.constexpr):  # type:
 
 @triton.jit
 def _backward(  # type: ignore[no-untyped-def]
-    g_ptr, u_ptr, dh_ptr, h_ptr, dg_ptr, du_ptr, size, du_stride, BLOCK: tl.constexpr
+    g_ptr, u_ptr, dh_ptr, h_ptr, dg_ptr, du_ptr, size, du_stride, OPENED: tl.constexpr, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -72,7 +75,8 @@ def _backward(  # type: ignore[no-untyped-def]
     dh = tl.load(dh_ptr + place, mask=there, other=0.0).to(tl.float32)
     share = tl.sigmoid(g)
     opened = g * share
-    tl.store(h_ptr + place, _to(opened * u, h_ptr.dtype.element_ty), mask=there)
+    if OPENED:
+        tl.store(h_ptr + place, _to(opened * u, h_ptr.dtype.element_ty), mask=there)
     tl.store(du_ptr + row * du_stride + column, _to(dh * opened, du_ptr.dtype.element_ty), mask=there)
     slope = share * (1.0 + g * (1.0 - share))
     tl.store(dg_ptr + place, _to(dh * u * slope, dg_ptr.dtype.element_ty), mask=there)

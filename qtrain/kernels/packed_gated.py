@@ -49,7 +49,7 @@ class _GatedProduct(torch.autograd.Function):
         ctx.from_outputs = reads_outputs(packed, scale, trains_zero=trains_zero)
         kept = y if trains_scale and ctx.from_outputs else None
         ctx.save_for_backward(gate, up, kept, scale, zero_point, bias)
-        ctx.packed = packed
+        ctx.packed, ctx.keeps_output = packed, kept is not None
         return y
 
     @staticmethod
@@ -57,10 +57,11 @@ class _GatedProduct(torch.autograd.Function):
         gate, up, kept, scale, zero_point, bias = ctx.saved_tensors
         _, _, trains_scale, trains_zero, _, trains_bias = ctx.needs_input_grad
         dh = dy @ packed_weight(ctx.packed, scale, zero_point, dy.dtype)
-        h, d_gate, d_up = gated_backward(F.silu, gate, up, dh)
+        trains = trains_scale or trains_zero
+        h, d_gate, d_up = gated_backward(F.silu, gate, up, dh, opened=trains and not ctx.from_outputs)
         del dh
         dscale = dzero = None
-        if trains_scale or trains_zero:
+        if trains:
             seen = kept if ctx.from_outputs else h
             dscale, dzero = range_gradients(dy, seen, ctx.packed, scale, zero_point, bias, trains_zero=trains_zero)
         dbias = dy.flatten(0, -2).sum(0) if trains_bias else None

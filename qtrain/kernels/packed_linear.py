@@ -96,7 +96,7 @@ class _Product(torch.autograd.Function):
         kept = None if not (trains_scale or trains_zero) else y if from_outputs else x
         # A number a row is kept rounded: seven kernels less in the backward. Those of groups are too many to be kept.
         ctx.save_for_backward(kept, stored if from_outputs else scale, zero_point, bias)
-        ctx.packed, ctx.from_outputs = packed, from_outputs
+        ctx.packed, ctx.from_outputs, ctx.keeps_output = packed, from_outputs, kept is y
         return y
 
     @staticmethod

@@ -45,6 +45,11 @@ class Method(ABC, Generic[Options]):
         return False
 
     @property
+    def keeps_outputs(self) -> bool:
+        """Whether layers keep their outputs for the backward, so that what reads those must not write over them."""
+        return False
+
+    @property
     def quantizes_alone(self) -> bool:
         """Whether ``prepare`` looks at the weights of one layer at a time, and at nothing that flows between them."""
         return False

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,15 +16,19 @@ from transformers import PreTrainedModel
 
 from qtrain.kernels.rms_norm import fits, frozen_rms_norm
 from qtrain.kernels.room import Spare
+from qtrain.kernels.rotary import Pair, Rotary, Turn
 
 
-def fuse_layers(model: PreTrainedModel, device: torch.device, asked: str) -> str:
+def fuse_layers(model: PreTrainedModel, device: torch.device, asked: str, *, keeps_outputs: bool = False) -> str:
     """Let liger-kernel take the model's RMSNorm, RoPE and SwiGLU, in place; what was done or why not, in words.
 
-    The loss stays ours. In fp32 the results differ by rounding alone.
+    The loss stays ours. In fp32 the results differ by rounding alone. Models that are made later are as transformers
+    has them, but that RoPE of this family runs by the kernel on a GPU.
 
     Args:
         asked: ``auto``, or ``none`` for the model's own layers.
+        keeps_outputs: linear layers will keep their outputs for the backward, so that no kernel may write its
+            gradients over them, as liger-kernel's SwiGLU does over gate and up.
     """
     if asked == "none":
         return "the model's own (model.fused=none)"
@@ -37,12 +44,45 @@ def fuse_layers(model: PreTrainedModel, device: torch.device, asked: str) -> str
     kind = str(model.config.model_type)
     if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         return f"the model's own: liger-kernel has none for {kind}"
-    # By instance, as transformers' own Trainer does it.
-    _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
+    gated = {} if not keeps_outputs else {"swiglu": False, "geglu": False, "relu_squared": False}
+    with _as_it_was(sys.modules[type(model).__module__]):
+        # By instance, as transformers' own Trainer does it.
+        _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False, **gated)
     for module in model.modules():
         if getattr(module, "casting_mode", None) == "llama" and getattr(module, "offset", None) == 0.0:
             object.__setattr__(module, "forward", _Norm(module, module.forward))
-    return "norm, RoPE and SwiGLU of liger-kernel, frozen norms of our own"
+    taken = "norm and RoPE" if keeps_outputs else "norm, RoPE and SwiGLU"
+    return f"{taken} of liger-kernel, frozen norms of our own"
+
+
+@contextmanager
+def _as_it_was(file: ModuleType) -> Iterator[None]:
+    """A modelling file whose names mean what they did, but for rotary embeddings.
+
+    liger-kernel changes the classes there too: a model made later, on a CPU say, would have kernels that need a GPU.
+    """
+    before = dict(vars(file))
+    yield
+    for name, value in before.items():
+        found = vars(file)[name]
+        if found is value:
+            continue
+        rotary = "rotary" in name and callable(found)
+        own = value.own if isinstance(value, Rotary) else value
+        setattr(file, name, Rotary(own, found, _turn_of(found)) if rotary else value)
+
+
+def _turn_of(kernel: Callable[..., Any]) -> Turn | None:
+    from liger_kernel.transformers.rope import liger_rotary_pos_emb
+
+    return _liger_turn if kernel is liger_rotary_pos_emb else None
+
+
+def _liger_turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Pair:
+    from liger_kernel.ops.rope import rope_backward, rope_forward
+
+    q, k = (rope_backward if back else rope_forward)(q, k, cos, sin)[:2]
+    return q, k
 
 
 @dataclass(eq=False)

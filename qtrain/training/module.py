@@ -158,7 +158,7 @@ class LanguageModule(L.LightningModule):
         storage, compute = resolve_dtypes(config.model.dtype, config.method.compute_dtype, device)
         handed_over, self._base = self._base, None
         base = handed_over if handed_over is not None else self._load_base(storage, compute, device)
-        self.fused = fuse_layers(base, device, config.model.fused)
+        self.fused = fuse_layers(base, device, config.model.fused, keeps_outputs=self.method.keeps_outputs)
         section = config.distill
         if section.layerwise is not None or (section.loss != "none" and not section.cached):
             self._twin = self._teacher(base, compute, device)
@@ -269,6 +269,7 @@ class LanguageModule(L.LightningModule):
         if self._packed is not None and self.config.distill.teacher is None:
             base = load_model(self.config.model, compute)
         model = teacher_model(self.config.distill, base, self.config.model, compute)
+        fuse_layers(model, device, self.config.model.fused)
         context = partial(torch.autocast, device.type, dtype=torch.bfloat16, enabled=compute == torch.bfloat16)
         return Teacher(model, context).to(device)
 

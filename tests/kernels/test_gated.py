@@ -37,6 +37,8 @@ def test_the_backward_is_that_of_autograd(shape: tuple[int, ...], activation: ob
     assert torch.equal(gated(activation, gate, up), wanted[0])
     for found, own in zip(gated_backward(activation, gate, up, upper), wanted, strict=True):
         assert torch.allclose(found, own, rtol=1e-13, atol=1e-13) and not found.requires_grad
+    for found, own in zip(gated_backward(activation, gate, up, upper, opened=False)[1:], wanted[1:], strict=True):
+        assert torch.allclose(found, own, rtol=1e-13, atol=1e-13)
 
 
 @tiles
@@ -50,6 +52,10 @@ def test_one_pass_is_the_plain_twin(shape: tuple[int, ...], dtype: torch.dtype) 
     for one, other in zip((gated_tiles.forward(gate, up), *found), (wanted[0], *wanted), strict=True):
         assert one.dtype == dtype
         assert torch.allclose(one.double(), other, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
+    given = gate.clone()
+    for one, other in zip(gated_tiles.backward(gate, up, upper, opened=False)[1:], found[1:], strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(gate, given)
 
 
 @tiles

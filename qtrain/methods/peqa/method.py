@@ -29,6 +29,11 @@ class Peqa(PackedMethod[PeqaOptions]):
 
     artifact: ClassVar[str] = "scales"
 
+    @property
+    def keeps_outputs(self) -> bool:
+        """Where a row has one scale, whose gradient is read off them; there is none beside zero points that train."""
+        return not self.options.zero_points
+
     def prepare(
         self,
         model: PreTrainedModel,

@@ -83,7 +83,7 @@ class OneLayer:
         _fill(shapes.model, device)
         for _, quantizer in quantizers(shapes.plain):
             quantizer.ready = True  # ranges that a calibration will find have their place
-        fuse_layers(shapes.plain, device, fused)
+        fuse_layers(shapes.plain, device, fused, keeps_outputs=shapes.method.keeps_outputs)
         with context():
             shapes.method.fuse(shapes.model, context)
         self._after = self._modules_after()
