@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qtrain.modules.block_proof import TOLERANCES, near
+from qtrain.modules.block_proof import DIFFERS, TOLERANCES, farthest
 
 Context = Callable[[], AbstractContextManager[Any]]
 Run = Callable[[Tensor], tuple[Tensor, ...] | None]
@@ -56,8 +56,10 @@ def why_not_equal(alone: Run, block: Run, trained: Sequence[Tensor], like: Tenso
     if wanted is None or found is None:
         return WATCHED
     tolerance = TOLERANCES[torch.bfloat16 if wanted[0].dtype == torch.bfloat16 else torch.float32]
-    equal = all(near(*pair, tolerance) for pair in zip(found, wanted, strict=True))
-    return None if equal else "results that differ from a block's"
+    outputs = len(found) - 1 - sum(one.requires_grad for one in trained)
+    names = ["y"] * outputs + ["dL/dx"] + ["the gradient of what trains"] * (len(found) - 1 - outputs)
+    name, far = farthest(found, wanted, names)
+    return None if far <= tolerance else f"{DIFFERS} ({name})"
 
 
 def _outcome(run: Run, trained: Sequence[Tensor], x: Tensor, context: Context) -> list[Tensor] | None:

@@ -161,7 +161,7 @@ class _Fused:
         if act is not None and next(act.parameters(), None) is not None:
             return None
         (pair, x), (last, _) = by_size
-        why: str | None = None
+        refused: list[str] = []
         for gate, up in permutations(pair.members):
             members = (gate, up, last.members[0])
             mlp = GatedMlp(parent, members, act, _activation(act), parent.forward)
@@ -169,7 +169,8 @@ class _Fused:
             why = self._proof.why_not(kind, mlp.alone, mlp.outputs, members, x)
             if why is None:
                 return mlp
-        self._notes[f"MLP in parts for {why}"] = None
+            refused.append(why)
+        self._notes[f"MLP in parts for {refused[0]}"] = None  # of the order in which they are called
         return None
 
 

@@ -16,6 +16,7 @@ from transformers.models.llama import modeling_llama
 from qtrain.kernels.rotary import Rotary, is_kept, turned
 from qtrain.methods.peqa.config import PeqaOptions
 from qtrain.methods.peqa.method import Peqa
+from qtrain.training.recompute import Recompute
 
 IDS = torch.arange(3, 43).view(2, 20)
 
@@ -141,13 +142,18 @@ def peqa_gradients(model: LlamaForCausalLM) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def test_scales_of_rows_train_alike(tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("recompute", [False, True])
+def test_scales_of_rows_train_alike(
+    recompute: bool, tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """PEQA's q and k, one scale a row: with a kernel that overwrites alone they would learn from R Y."""
     model = tiny_llama.requires_grad_(False)
     method = Peqa(PeqaOptions.model_validate({"name": "peqa", "init": "rtn", "weight": {"format": "int4"}}))
     method.prepare(model, compute_dtype=torch.float32, device=torch.device("cpu"))
     assert method.keeps_outputs
     model.train()
+    if recompute:
+        Recompute(model).set("full")
     wanted = peqa_gradients(model)
     distance = {}
     for name, function in (
