@@ -24,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import qtrain
 from qtrain.config.schema import OptimizerSection
 from qtrain.models.fused import fuse_layers
+from qtrain.modules.fused_packed import fuse_packed
 from qtrain.modules.token_loss import chunked_loss
 from qtrain.training.optimizers import build_optimizer, state_bytes
 
@@ -40,7 +41,7 @@ TINY = {**SHAPE, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layer
 WEIGHTS = {"row": {"format": "int4"}, "g128": {"format": "int4", "group_size": 128}}
 
 
-def build(asked: argparse.Namespace, device: torch.device) -> LlamaForCausalLM:
+def build(asked: argparse.Namespace, device: torch.device, *, keeps_outputs: bool) -> LlamaForCausalLM:
     shape = TINY | {"num_key_value_heads": 4} if asked.tiny else SHAPE
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -48,7 +49,7 @@ def build(asked: argparse.Namespace, device: torch.device) -> LlamaForCausalLM:
             model = LlamaForCausalLM(LlamaConfig(**shape, max_position_embeddings=4096))
     finally:
         torch.set_default_dtype(torch.float32)
-    fuse_layers(model, device, "auto")
+    fuse_layers(model, device, "auto", keeps_outputs=keeps_outputs)
     return model
 
 
@@ -106,17 +107,18 @@ def main() -> None:
         "| weights | recompute | packed | activations | 16-bit scales, 8-bit state | bound | peak | ratio | tokens/s |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
+    model: Any = build(asked, device, keeps_outputs=False).requires_grad_(False)
+    model.model.embed_tokens.register_forward_hook(lambda *given: given[2].requires_grad_())
+    for how in asked.recompute:
+        recompute(model, how)
+        step(model, ids)
+        activations[how] = peak_of(partial(step, model, ids), device) - resident(model)
+    del model
     for name, weight in WEIGHTS.items():
-        model: Any = build(asked, device)
-        for how in asked.recompute if not activations else []:
-            model.requires_grad_(False)
-            recompute(model, how)
-            hook = model.model.embed_tokens.register_forward_hook(lambda *given: given[2].requires_grad_())
-            step(model, ids)
-            activations[how] = peak_of(partial(step, model, ids), device) - resident(model)
-            hook.remove()
+        gc.collect()
         begin = time.monotonic()
-        model = qtrain.prepare(model, "peqa", init="rtn", weight=weight)
+        model = qtrain.prepare(build(asked, device, keeps_outputs=True), "peqa", init="rtn", weight=weight)
+        print(fuse_packed(model, partial(torch.autocast, device.type, dtype=torch.bfloat16)), flush=True)
         gc.collect()
         print(f"{name}: packed in {time.monotonic() - begin:.0f} s, {resident(model) / GIB:.2f} GiB", flush=True)
         trained = [p for p in model.parameters() if p.requires_grad]

@@ -30,16 +30,24 @@ def gated(activation: Activation, gate: Tensor, up: Tensor, room: Room = NO_ROOM
 
 
 def gated_backward(
-    activation: Activation, gate: Tensor, up: Tensor, gradient: Tensor, room: Room = NO_ROOM, *, opened: bool = True
+    activation: Activation,
+    gate: Tensor,
+    up: Tensor,
+    gradient: Tensor,
+    room: Room = NO_ROOM,
+    *,
+    opened: bool = True,
+    spent: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(h, dL/dg, dL/du) from g, u and dL/dh: h for the gradient of what multiplied it.
 
     Args:
         room: beside each row of dL/du; of two dimensions then.
         opened: h is wanted; without, what stands in its place is anything, and the kernel writes a third less.
+        spent: dL/dh is read by nobody afterwards; the kernel writes dL/du over it. Without room.
     """
     if _one_pass(activation, gate):
-        return gated_tiles.backward(gate, up, gradient, room, opened=opened)
+        return gated_tiles.backward(gate, up, gradient, room, opened=opened, spent=spent)
     if activation is F.silu:
         share = F.silu(gate)
         d_gate: Tensor = torch.ops.aten.silu_backward(gradient * up, gate)

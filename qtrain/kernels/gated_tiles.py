@@ -33,11 +33,11 @@ def forward(gate: Tensor, up: Tensor, room: Room = NO_ROOM) -> Tensor:
 
 
 def backward(
-    gate: Tensor, up: Tensor, gradient: Tensor, room: Room = NO_ROOM, *, opened: bool = True
+    gate: Tensor, up: Tensor, gradient: Tensor, room: Room = NO_ROOM, *, opened: bool = True, spent: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(h, dL/dg, dL/du), contiguous but for the room beside the last one's rows; without ``opened`` no h is there."""
     gate, up, gradient = gate.contiguous(), up.contiguous(), gradient.contiguous()
-    d_gate, d_up = torch.empty_like(gate), _empty(gate, room)
+    d_gate, d_up = torch.empty_like(gate), gradient if spent else _empty(gate, room)
     h = torch.empty_like(gate) if opened else gate
     grid, size = _grid(gate)
     _backward[grid](gate, up, gradient, h, d_gate, d_up, size, size + sum(room), OPENED=opened, BLOCK=BLOCK)

@@ -58,7 +58,8 @@ class _GatedProduct(torch.autograd.Function):
         _, _, trains_scale, trains_zero, _, trains_bias = ctx.needs_input_grad
         dh = dy @ packed_weight(ctx.packed, scale, zero_point, dy.dtype)
         trains = trains_scale or trains_zero
-        h, d_gate, d_up = gated_backward(F.silu, gate, up, dh, opened=trains and not ctx.from_outputs)
+        wanted = trains and not ctx.from_outputs
+        h, d_gate, d_up = gated_backward(F.silu, gate, up, dh, opened=wanted, spent=True)
         del dh
         dscale = dzero = None
         if trains:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -45,7 +45,7 @@ def fuse_layers(model: PreTrainedModel, device: torch.device, asked: str, *, kee
     if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         return f"the model's own: liger-kernel has none for {kind}"
     gated = {} if not keeps_outputs else {"swiglu": False, "geglu": False, "relu_squared": False}
-    with _as_it_was(sys.modules[type(model).__module__]):
+    with _as_they_were({sys.modules[type(module).__module__] for module in model.modules()}):
         # By instance, as transformers' own Trainer does it.
         _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False, **gated)
     for module in model.modules():
@@ -56,14 +56,15 @@ def fuse_layers(model: PreTrainedModel, device: torch.device, asked: str, *, kee
 
 
 @contextmanager
-def _as_it_was(file: ModuleType) -> Iterator[None]:
-    """A modelling file whose names mean what they did, but for rotary embeddings.
+def _as_they_were(files: Iterable[ModuleType]) -> Iterator[None]:
+    """Modelling files whose names mean what they did, but for rotary embeddings.
 
     liger-kernel changes the classes there too: a model made later, on a CPU say, would have kernels that need a GPU.
     """
-    before = dict(vars(file))
+    modeling = [file for file in files if "modeling_" in file.__name__]
+    before = [(file, name, value) for file in modeling for name, value in vars(file).items()]
     yield
-    for name, value in before.items():
+    for file, name, value in before:
         found = vars(file)[name]
         if found is value:
             continue

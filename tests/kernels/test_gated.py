@@ -56,6 +56,8 @@ def test_one_pass_is_the_plain_twin(shape: tuple[int, ...], dtype: torch.dtype) 
     for one, other in zip(gated_tiles.backward(gate, up, upper, opened=False)[1:], found[1:], strict=True):
         assert torch.equal(one, other)
     assert torch.equal(gate, given)
+    d_up = gated_tiles.backward(gate, up, upper, spent=True)[2]
+    assert torch.equal(d_up, found[2]) and d_up.data_ptr() == upper.data_ptr()
 
 
 @tiles

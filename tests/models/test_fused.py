@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
 from types import ModuleType
@@ -58,6 +59,7 @@ def test_the_modelling_file_stays_as_it_was(tiny_llama: LlamaForCausalLM, liger:
         assert modeling_llama.LlamaRMSNorm is norm and isinstance(rotary, Rotary)
         assert rotary.own is own and rotary.turn is not None
         assert rotary.kernel(1, 2, 3, 4) == "kernel"
+        assert list(inspect.signature(rotary).parameters)[:4] == ["q", "k", "cos", "sin"]  # as kv caches ask
     logits = tiny_llama(input_ids=torch.arange(8)[None]).logits  # on a CPU, by its own function
     assert torch.isfinite(logits).all()
 
