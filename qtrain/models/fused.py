@@ -63,23 +63,24 @@ def _as_they_were(files: Iterable[ModuleType]) -> Iterator[None]:
     """
     modeling = [file for file in files if "modeling_" in file.__name__]
     before = [(file, name, value) for file in modeling for name, value in vars(file).items()]
-    yield
-    for file, name, value in before:
-        found = vars(file)[name]
-        if found is value:
-            continue
-        rotary = "rotary" in name and callable(found)
-        own = value.own if isinstance(value, Rotary) else value
-        setattr(file, name, Rotary(own, found, _turn_of(found)) if rotary else value)
+    try:
+        yield
+    finally:
+        for file, name, value in before:
+            found = vars(file)[name]
+            if found is not value:
+                own = value.own if isinstance(value, Rotary) else value
+                setattr(file, name, Rotary(own, found, _turn_of(found)) if "rotary" in name else value)
 
 
 def _turn_of(kernel: Callable[..., Any]) -> Turn | None:
     from liger_kernel.transformers.rope import liger_rotary_pos_emb
 
-    return _liger_turn if kernel is liger_rotary_pos_emb else None
+    return liger_turn if kernel is liger_rotary_pos_emb else None
 
 
-def _liger_turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Pair:
+def liger_turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Pair:
+    """liger-kernel's R q and R k, or R^T, where they lie (arguments: ``Turn``)."""
     from liger_kernel.ops.rope import rope_backward, rope_forward
 
     q, k = (rope_backward if back else rope_forward)(q, k, cos, sin)[:2]

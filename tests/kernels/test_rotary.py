@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,12 +14,19 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
-from qtrain.kernels.rotary import Rotary, is_kept, turned
+from qtrain.kernels.rotary import Rotary, Turn, is_kept, turned
 from qtrain.methods.peqa.config import PeqaOptions
 from qtrain.methods.peqa.method import Peqa
+from qtrain.models.fused import liger_turn
 from qtrain.training.recompute import Recompute
 
-IDS = torch.arange(3, 43).view(2, 20)
+ON_GPU = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+KERNELS = pytest.mark.skipif(not (ON_GPU or INTERPRETED), reason="needs a GPU or Triton's interpreter")
+TOLERANCES = {torch.float32: 1e-6, torch.float16: 2e-3} | ({torch.bfloat16: 2e-2} if ON_GPU else {})
+"""Of a norm; the interpreter multiplies no bf16."""
+IDS = torch.arange(3, 43, device=DEVICE).view(2, 20)
 
 
 def turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> tuple[Tensor, Tensor]:
@@ -142,14 +150,33 @@ def peqa_gradients(model: LlamaForCausalLM) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@KERNELS
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 2), (2, 5, 3, 8), (3, 7, 2, 20)])
+def test_liger_kernels_turn_in_place_and_back(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    batch, tokens, of_q, width = shape
+    generator = torch.Generator().manual_seed(tokens)
+    ys = [torch.randn(batch, tokens, n * width, generator=generator).to(DEVICE, dtype) for n in (of_q, 1)]
+    given = [y.clone() for y in ys]
+    cos, sin = (one.to(DEVICE, dtype) for one in angles(tokens, width, torch.float32))
+    wanted = modeling_llama.apply_rotary_pos_emb(*(heads(y.double(), width) for y in ys), cos.double(), sin.double())
+    found = liger_turn(*(heads(y, width) for y in ys), cos, sin, back=False)
+    for y, one, own in zip(ys, found, wanted, strict=True):
+        assert one.data_ptr() == y.data_ptr() and (one.double() - own).norm() <= TOLERANCES[dtype] * own.norm()
+    liger_turn(*found, cos, sin, back=True)
+    for y, own in zip(ys, given, strict=True):
+        assert (y.double() - own.double()).norm() <= TOLERANCES[dtype] * own.double().norm()
+
+
+@pytest.mark.parametrize("rotate", [turn, pytest.param(liger_turn, marks=KERNELS)])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_scales_of_rows_train_alike(
-    recompute: bool, tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+    rotate: Turn, recompute: bool, tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PEQA's q and k, one scale a row: with a kernel that overwrites alone they would learn from R Y."""
-    model = tiny_llama.requires_grad_(False)
+    model: LlamaForCausalLM = tiny_llama.requires_grad_(False).to(DEVICE)
     method = Peqa(PeqaOptions.model_validate({"name": "peqa", "init": "rtn", "weight": {"format": "int4"}}))
-    method.prepare(model, compute_dtype=torch.float32, device=torch.device("cpu"))
+    method.prepare(model, compute_dtype=torch.float32, device=DEVICE)
     assert method.keeps_outputs
     model.train()
     if recompute:
@@ -157,7 +184,7 @@ def test_scales_of_rows_train_alike(
     wanted = peqa_gradients(model)
     distance = {}
     for name, function in (
-        ("kept", lambda q, k, cos, sin: turned(q, k, cos, sin, turn) if is_kept(q) else None),
+        ("kept", lambda q, k, cos, sin: turned(q, k, cos, sin, rotate) if is_kept(q) else None),
         ("overwritten", InPlace.apply),
     ):
         monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", function)

@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
 from qtrain.kernels.rotary import Rotary
-from qtrain.models.fused import fuse_layers
+from qtrain.models.fused import fuse_layers, liger_turn
 
 REGISTRY = "liger_kernel.backends.registry"
 
@@ -87,3 +87,18 @@ def test_absent_back_ends_are_not_warned_about(
     log.warning("Backend impl '%s' for op '%s' could not be imported: %s: %s", "a", "rms_norm", "ImportError", "b")
     log.warning("op '%s' has no implementation", "rms_norm")
     assert caplog.messages == ["op 'rms_norm' has no implementation"] and len(log.filters) == 1
+
+
+@pytest.mark.parametrize("keeps_outputs", [False, True])
+def test_the_real_one(keeps_outputs: bool, tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("liger_kernel")
+    rotary = modeling_llama.apply_rotary_pos_emb
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", rotary)  # back after the test
+    before = dict(vars(modeling_llama))
+    fuse_layers(tiny_llama, torch.device("cuda"), "auto", keeps_outputs=keeps_outputs)
+    changed = {name for name, value in vars(modeling_llama).items() if before.get(name) is not value}
+    assert changed == {"apply_rotary_pos_emb"}
+    assert modeling_llama.apply_rotary_pos_emb.own is rotary
+    assert modeling_llama.apply_rotary_pos_emb.turn is liger_turn
+    makers = {layer.mlp.forward.__func__.__module__.split(".")[0] for layer in tiny_llama.model.layers}
+    assert makers == {"transformers" if keeps_outputs else "liger_kernel"}
