@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from qtrain.kernels.kept_output import KeptOutput
 from qtrain.numerics.affine import QParams, dequantize, round_scale
 from qtrain.numerics.packing import unpack
 from qtrain.numerics.spec import QuantSpec
@@ -63,7 +64,12 @@ def _weight(packed: Packed, stored: Tensor, zero_point: Tensor | None, dtype: to
 
 
 def packed_linear(
-    x: Tensor, packed: Packed, scale: Tensor, zero_point: Tensor | None = None, bias: Tensor | None = None
+    x: Tensor,
+    packed: Packed,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    bias: Tensor | None = None,
+    guard: KeptOutput | None = None,
 ) -> Tensor:
     """Linear layer over packed integers; gradients reach x, scale and a zero point that is a float.
 
@@ -74,29 +80,40 @@ def packed_linear(
     Args:
         x: [.., in]. scale: [out, groups]. bias: [out].
         zero_point: int8 [out, groups], or fp32 of the same shape where it trains or is no whole number.
+        guard: looks whether Y stays as it is.
+
+    Raises:
+        ModelError: in the first backward, if it did not.
     """
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         x = x.to(torch.get_autocast_dtype(kind))
     with torch.autocast(kind, enabled=False):
         own_bias = None if bias is None else bias.to(x.dtype)
-        y: Tensor = _Product.apply(x, scale, zero_point, packed, own_bias)  # type: ignore[no-untyped-call]
+        y: Tensor = _Product.apply(x, scale, zero_point, packed, own_bias, guard)  # type: ignore[no-untyped-call]
     return y
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor | None, packed: Packed, bias: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        packed: Packed,
+        bias: Tensor | None,
+        guard: KeptOutput | None,
     ) -> Tensor:
         stored = round_scale(scale, packed.spec)
         y = F.linear(x, _weight(packed, stored, zero_point, x.dtype), bias)
-        _, trains_scale, trains_zero, _, _ = ctx.needs_input_grad
+        _, trains_scale, trains_zero, *_ = ctx.needs_input_grad
         from_outputs = reads_outputs(packed, scale, trains_zero=trains_zero)
         kept = None if not (trains_scale or trains_zero) else y if from_outputs else x
         # A number a row is kept rounded: seven kernels less in the backward. Those of groups are too many to be kept.
         ctx.save_for_backward(kept, stored if from_outputs else scale, zero_point, bias)
         ctx.packed, ctx.from_outputs, ctx.keeps_output = packed, from_outputs, kept is y
+        ctx.guard, ctx.looked = guard, guard.look(y) if guard and kept is y else None
         return y
 
     @staticmethod
@@ -106,6 +123,8 @@ class _Product(torch.autograd.Function):
         dx = dscale = dzero = None
         if ctx.needs_input_grad[0]:
             dx = dy @ _weight(ctx.packed, stored, zero_point, dy.dtype)
+        if ctx.looked is not None:
+            ctx.guard.check(kept, ctx.looked)
         if kept is not None and ctx.from_outputs:
             tiled = _tiled(ctx.packed, dy, dy.dtype)
             dscale = _from_outputs(dy.flatten(0, -2), kept.flatten(0, -2), bias, stored, tiled=tiled)
@@ -113,7 +132,7 @@ class _Product(torch.autograd.Function):
             trains_zero = ctx.needs_input_grad[2]
             dscale, dzero = range_gradients(dy, kept, ctx.packed, scale, zero_point, bias, trains_zero=trains_zero)
         dbias = dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[4] else None
-        return dx, dscale, dzero, None, dbias
+        return dx, dscale, dzero, None, dbias, None
 
 
 def reads_outputs(packed: Packed, scale: Tensor, *, trains_zero: bool) -> bool:

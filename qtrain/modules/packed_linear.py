@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qtrain.errors import ModelError
+from qtrain.kernels.kept_output import KeptOutput
 from qtrain.kernels.packed_linear import Packed, packed_linear, packed_weight
 from qtrain.modules.config import QuantizerSection
 from qtrain.modules.quantizer import Quantizer
@@ -32,9 +33,11 @@ class PackedLinear(nn.Linear):
         outlier_index, outlier_value: weights that the codes do not hold, or None.
         input_quantizer: None leaves inputs as they are.
         tiles: let the kernels in Triton do what they know.
+        guard: looks whether outputs that are kept stay as they are.
     """
 
     tiles = False
+    guard: KeptOutput
     spec: QuantSpec
     scale: nn.Parameter
     zero: nn.Parameter | None
@@ -61,7 +64,7 @@ class PackedLinear(nn.Linear):
             )
         out, columns = record.codes.shape
         layer = cls(columns, out, bias is not None, device="meta")
-        layer.spec = spec
+        layer.spec, layer.guard = spec, KeptOutput()
         layer.weight = nn.Parameter(pack(record.codes, spec.bits), requires_grad=False)
         layer.scale = nn.Parameter(record.scale.to(SCALE_DTYPES[spec.scale_dtype]).contiguous(), requires_grad=False)
         if bias is not None:
@@ -98,7 +101,7 @@ class PackedLinear(nn.Linear):
             if torch.is_autocast_enabled(input.device.type):  # levels of the dtype that is multiplied
                 input = input.to(torch.get_autocast_dtype(input.device.type))
             input = self.input_quantizer(input)
-        return packed_linear(input, *self.product_arguments())
+        return packed_linear(input, *self.product_arguments(), self.guard)
 
     def product_arguments(self) -> tuple[Packed, Tensor, Tensor | None, Tensor | None]:
         """Codes, scale, zero point and bias, as the product takes them."""

@@ -120,7 +120,9 @@ def _keys(attentions: Sequence[nn.Module]) -> Iterator[dict[nn.Module, torch.Ten
     found: dict[nn.Module, torch.Tensor] = {}
 
     def take(attention: nn.Module, kv: KVQuantizer, rows: torch.Tensor) -> None:
-        keys = kv.key_layout.heads(rows.detach().float(), key_heads(attention))
+        # A copy: rotary embeddings may be written over the keys that come before them.
+        own = rows.detach().to(torch.float32, copy=True)
+        keys = kv.key_layout.heads(own, key_heads(attention))
         taken[attention].append(keys.transpose(1, 2).flatten(0, 1))
 
     handles = []

@@ -14,10 +14,13 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
+from qtrain.errors import ModelError
+from qtrain.kernels.kept_output import KeptOutput
 from qtrain.kernels.rotary import Rotary, Turn, is_kept, turned
 from qtrain.methods.peqa.config import PeqaOptions
 from qtrain.methods.peqa.method import Peqa
 from qtrain.models.fused import liger_turn
+from qtrain.modules.packed_identity import packed_layers
 from qtrain.training.recompute import Recompute
 
 ON_GPU = torch.cuda.is_available()
@@ -188,6 +191,15 @@ def test_scales_of_rows_train_alike(
         ("overwritten", InPlace.apply),
     ):
         monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", function)
+        layers = packed_layers(model).values()
+        for layer in layers:
+            assert layer.guard.seen  # in the first backward, and no more
+            layer.guard = KeptOutput()
+        if name == "overwritten":
+            with pytest.raises(ModelError, match="written over before"):
+                peqa_gradients(model)
+            for layer in layers:
+                layer.guard.seen = True
         found = peqa_gradients(model)
         assert found.keys() == wanted.keys()
         distance[name] = {n: float((found[n] - own).norm() / own.norm()) for n, own in wanted.items()}
