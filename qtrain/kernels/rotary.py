@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,9 +22,9 @@ class Turn(Protocol):
     def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Pair: ...
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Rotary:
-    """``apply_rotary_pos_emb`` of a modelling file: a kernel that overwrites q and k where that does no harm.
+    """``apply_rotary_pos_emb`` of a modelling file, or its like: a kernel that overwrites where that does no harm.
 
     A layer that keeps its output Y would find R Y in its memory, and take a wrong gradient from it, which autograd
     does not see: a kernel's writes have no version. Its memory is turned back once the backward is done with R Y.
@@ -31,22 +32,30 @@ class Rotary:
     Attributes:
         own: the modelling file's function, for the CPU.
         kernel: the same on a GPU, which overwrites.
-        turn: what ``kernel`` computes of four arguments, and back; None where that is not known, and q and k of such
-            layers are copied.
+        turn: what ``kernel`` computes of (q, k, cos, sin), and back; None where that is not known, and what such
+            layers gave is copied.
     """
 
     own: Callable[..., Any]
     kernel: Callable[..., Any]
     turn: Turn | None = None
 
-    def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if q.device.type == "cpu":
-            return self.own(q, k, cos, sin, *args, **kwargs)
-        if not (is_kept(q) or is_kept(k)):
-            return self.kernel(q, k, cos, sin, *args, **kwargs)
-        if self.turn is None or args or kwargs:
-            return self.kernel(q.clone(), k.clone(), cos, sin, *args, **kwargs)
-        return turned(q, k, cos, sin, self.turn)
+    def __post_init__(self) -> None:
+        self.__signature__ = inspect.signature(self.own)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        tensors = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)]
+        if all(one.device.type == "cpu" for one in tensors):
+            return self.own(*args, **kwargs)
+        if not any(map(is_kept, tensors)):
+            return self.kernel(*args, **kwargs)
+        if self.turn is not None and len(args) == 4 and not kwargs:
+            return turned(*args, self.turn)
+        return self.kernel(*map(_apart, args), **{name: _apart(one) for name, one in kwargs.items()})
+
+
+def _apart(one: Any) -> Any:
+    return one.clone() if isinstance(one, Tensor) and is_kept(one) else one
 
 
 def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, turn: Turn) -> Pair:

@@ -143,8 +143,18 @@ def test_which_way_is_taken() -> None:
     known(kept, kept, angle, angle)
     known(kept, kept, angle, angle, unsqueeze_dim=1)
     other(kept, kept, angle, angle)
-    known(torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 4), angle, angle)
-    assert calls == ["kernel its own memory", "turn its own memory", "kernel", "kernel", "own"]
+    known(torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 4), *[torch.ones(1, 2, 4)] * 2)
+    other(kept, k=plain, both=angle)  # as Llama 4's, of three
+    other(q=plain, k=plain, both=angle)
+    assert calls == [
+        "kernel its own memory",
+        "turn its own memory",
+        "kernel",
+        "kernel",
+        "own",
+        "kernel",
+        "kernel its own memory",
+    ]
 
 
 def peqa_gradients(model: LlamaForCausalLM) -> dict[str, Tensor]:
