@@ -7,7 +7,7 @@ adapter's own product would read and write all of y, or of dx, once more.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -16,12 +16,19 @@ from torch.nn import functional as F
 from qtrain.kernels.lora_columns import Sides
 from qtrain.kernels.room import Room, lent
 
+Made = dict[str, Any]
+"""What the weights of one input make of it, by a name of their own: its codes, say, which each of them multiplies."""
+
 
 class FrozenWeight(Protocol):
     """A weight [out, in] that does not train, in whatever storage."""
 
-    def product(self, x: Tensor) -> Tensor:
-        """x W^T + b [rows, out] of x [rows, in], in x's dtype, in memory of its own."""
+    def product(self, x: Tensor, made: Made) -> Tensor:
+        """x W^T + b [rows, out] of x [rows, in], in x's dtype, in memory of its own.
+
+        Args:
+            made: of this x so far, to be added to.
+        """
 
     def input_gradient(self, dy: Tensor, into: Tensor | None = None) -> Tensor:
         """dy W [rows, in] of dy [rows, out], added to ``into`` if that is given."""
@@ -119,8 +126,9 @@ class Part(NamedTuple):
                 wide[:, sides.x].copy_(rows)
             return self.products(weights, wide, low), low, wide[:, sides.x]
         ys = []
+        made: Made = {}
         for frozen, own, b, scaling in zip(self.frozen, self._split(low), self.b, self.scalings, strict=True):
-            y = frozen.product(rows)
+            y = frozen.product(rows, made)
             ys.append(y.addmm_(own, b.to(rows.dtype).t(), alpha=scaling))
         return ys, low, rows
 

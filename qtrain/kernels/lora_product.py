@@ -176,7 +176,7 @@ class _Down(torch.autograd.Function):
         if weights is not None:
             (y,) = part.products(weights, around(h, room), low)
         else:
-            y = part.frozen[0].product(h).addmm_(low, part.b[0].to(h.dtype).t(), alpha=part.scalings[0])
+            y = part.frozen[0].product(h, {}).addmm_(low, part.b[0].to(h.dtype).t(), alpha=part.scalings[0])
         return _shaped(y, shape, compute)
 
     @staticmethod

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from qtrain.kernels.codes import turned
 from qtrain.kernels.fp8_product import Fp8Rows, fp8_matmul, fp8_rows, has_fp8
-from qtrain.kernels.lora_part import FrozenWeight
-from qtrain.kernels.shared_input import Latest
+from qtrain.kernels.lora_part import FrozenWeight, Made
 from qtrain.modules.frozen_weight import Dequantized, Int8
 
 
@@ -20,25 +19,22 @@ class InFp8:
 
     Args:
         frozen: whose weight it is.
-        rows: shared by all layers, so that an input of several is rounded once.
-        last: of those that are given one input; none needs its rows afterwards.
     """
 
-    def __init__(self, frozen: Dequantized, rows: Latest[Fp8Rows], *, last: bool = False) -> None:
-        self._frozen, self._rows, self._last = frozen, rows, last
+    def __init__(self, frozen: Dequantized) -> None:
+        self._frozen = frozen
         self._scales: dict[torch.dtype, Tensor] = {}
 
-    def product(self, x: Tensor) -> Tensor:
-        """x W^T + b."""
+    def product(self, x: Tensor, made: Made) -> Tensor:
+        """x W^T + b; x is rounded once for all weights that are given it."""
         weight = self._weight(x.dtype, turn=False)
-        y, bias = fp8_matmul(self._rows.of(x, "fp8", fp8_rows), weight, x.dtype), self._frozen.bias(x.dtype)
-        if self._last:
-            self._rows.clear()
+        if "fp8" not in made:
+            made["fp8"] = fp8_rows(x)
+        y, bias = fp8_matmul(made["fp8"], weight, x.dtype), self._frozen.bias(x.dtype)
         return y if bias is None else y.add_(bias)
 
     def input_gradient(self, dy: Tensor, into: Tensor | None = None) -> Tensor:
         """dy W, added to ``into``."""
-        self._rows.clear()  # what a forward pass left
         # Hopper's fp8 units want what is summed over side by side, in both.
         codes, scale = self._weight(dy.dtype, turn=True)
         ones = scale.new_ones(len(codes), 1)
@@ -56,11 +52,11 @@ class InFp8:
         return Fp8Rows(codes, scale)
 
 
-def in_fp8(frozen: FrozenWeight, rows: Latest[Fp8Rows], *, last: bool = False) -> FrozenWeight | str:
-    """``frozen`` with products in fp8, or in words why not (arguments: ``InFp8``)."""
+def in_fp8(frozen: FrozenWeight) -> FrozenWeight | str:
+    """``frozen`` with products in fp8, or in words why not."""
     if isinstance(frozen, Int8) or not isinstance(frozen, Dequantized):
         return "LLM.int8(), which multiplies bytes"
-    return InFp8(frozen, rows, last=last)
+    return InFp8(frozen)
 
 
 def fp8_words(device: torch.device) -> str:

@@ -8,10 +8,11 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
+from bitsandbytes.functional import int8_vectorwise_quant
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qtrain.kernels.lora_part import FrozenWeight
+from qtrain.kernels.lora_part import FrozenWeight, Made
 from qtrain.kernels.nf4_dequantize import Dequantize, nf4_dequantize, nf4_fp8_codes, writes_apart
 from qtrain.modules.frozen_linear import frozen_kind
 from qtrain.modules.packed_linear import PackedLinear
@@ -59,7 +60,7 @@ class Dequantized(ABC):
         bias: Tensor | None = self._layer.bias
         return None if bias is None else bias.to(dtype)
 
-    def product(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor, made: Made) -> Tensor:
         """x W^T + b."""
         return F.linear(x, self.weight(x.dtype), self.bias(x.dtype))
 
@@ -114,21 +115,39 @@ class FourBit(Dequantized):
 
 
 class Int8(Dequantized):
-    """LLM.int8(): the layer's own product, inputs in int8 and outlier columns included where it has them so."""
+    """LLM.int8() as bitsandbytes multiplies it: inputs in int8 too, but for outlier columns, and dense on a CPU.
 
-    def __init__(self, layer: bnb.nn.Linear8bitLt) -> None:
-        self._layer = layer
+    The codes of an input are made once for all weights that are given it (Dettmers 2022, arXiv 2208.07339).
+    """
 
-    def product(self, x: Tensor) -> Tensor:
-        """As the layer has it."""
-        y: Tensor = self._layer(x)
+    def __init__(self, layer: bnb.nn.Linear8bitLt, workspace: Workspace) -> None:
+        self._layer, self._workspace = layer, workspace
+
+    def product(self, x: Tensor, made: Made) -> Tensor:
+        """x W^T + b, to the bit the layer's own."""
+        if not multiplies_bytes(x.device):
+            dense: Tensor = self._layer(x)
+            return dense
+        state = self._layer.state
+        name = f"int8, outliers from {state.threshold}"
+        if name not in made:  # the kernel reads rows one after the other, whatever the strides
+            made[name] = int8_vectorwise_quant(x.to(torch.float16).contiguous(), threshold=state.threshold)
+        codes, largest, outliers = made[name]
+        operands, bias = (codes, state.CB, largest, state.SCB), self.bias(x.dtype)
+        if not state.threshold:
+            y: Tensor = torch.ops.bitsandbytes.int8_scaled_mm(*operands, bias=bias, dtype=x.dtype)
+            return y
+        y, _ = torch.ops.bitsandbytes.int8_mixed_scaled_mm(x, *operands, outliers, bias)
         return y
 
     def weight(self, dtype: torch.dtype) -> Tensor:
-        """q SCB / 127, as bitsandbytes' own backward takes it."""
+        """q SCB / 127, as bitsandbytes' own backward takes it; on a GPU overwritten by the next one."""
         codes, largest = self._layer.state.CB, self._layer.state.SCB
         assert codes is not None and largest is not None
-        weight: Tensor = codes.to(dtype, copy=True).mul_(largest.unsqueeze(1).mul(1.0 / 127.0))
+        scale = largest.unsqueeze(1).mul(1.0 / 127.0)
+        if codes.is_cuda:
+            return torch.mul(codes, scale, out=self._workspace.take(tuple(codes.shape), dtype, codes.device))
+        weight: Tensor = codes.to(dtype, copy=True).mul_(scale)
         return weight
 
 
@@ -156,6 +175,11 @@ class Dense(Dequantized):
         return weight
 
 
+def multiplies_bytes(device: torch.device) -> bool:
+    """Whether bitsandbytes multiplies the codes of LLM.int8() there, in training; else their dense weight."""
+    return device.type not in ("cpu", "xpu")
+
+
 def frozen_weight(layer: nn.Module, workspace: Workspace, dequantize: Dequantize) -> FrozenWeight | str:
     """The weight of a frozen linear, or in words why no block takes it."""
     if any(parameter.requires_grad for parameter in layer.parameters()):
@@ -169,9 +193,7 @@ def frozen_weight(layer: nn.Module, workspace: Workspace, dequantize: Dequantize
         layer.quant_state = state
         return FourBit(layer, workspace, dequantize)
     if isinstance(layer, bnb.nn.Linear8bitLt):
-        if layer.weight.is_cuda:
-            return "LLM.int8() on a GPU, where a block's results were seen to differ from its layers'"
-        return Int8(layer) if layer.state.CB is not None else "int8 weights that are not quantized yet"
+        return Int8(layer, workspace) if layer.state.CB is not None else "int8 weights that are not quantized yet"
     if type(layer) is nn.Linear:
         return Dense(layer)
     return f"no dense weight of {frozen_kind(layer) or type(layer).__name__}"

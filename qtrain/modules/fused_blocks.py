@@ -14,10 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from qtrain.kernels.fp8_product import Fp8Rows
 from qtrain.kernels.gated import Activation, gated_path
 from qtrain.kernels.nf4_dequantize import Dequantize, choose_dequantize, nf4_dequantize
-from qtrain.kernels.shared_input import Latest
 from qtrain.modules.block_proof import BlockProof
 from qtrain.modules.eval_mode import eval_mode
 from qtrain.modules.fp8_weight import fp8_words, in_fp8
@@ -103,11 +101,10 @@ class _Fused:
 
     def in_fp8(self, device: torch.device) -> str:
         """Let all frozen weights be multiplied in fp8, now that the blocks have proven equal without; in words."""
-        rows: Latest[Fp8Rows] = Latest()
         refused: Counter[str] = Counter()
         for members in self._groups:
             for member in members:
-                frozen = in_fp8(member.frozen, rows, last=member is members[-1])
+                frozen = in_fp8(member.frozen)
                 if isinstance(frozen, str):
                     refused[frozen] += 1
                 else:

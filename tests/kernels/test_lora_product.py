@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qtrain.kernels.lora_part import Made
 from qtrain.kernels.lora_product import Compute, LoraLinear, lora_mlp, lora_products
 from qtrain.modules.frozen_weight import Dense
 
@@ -139,7 +140,7 @@ class OneMemory:
     def __init__(self, weight: Tensor) -> None:
         self._weight = weight
 
-    def product(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor, made: Made) -> Tensor:
         return F.linear(x, self.weight(x.dtype))
 
     def input_gradient(self, dy: Tensor, into: Tensor | None = None) -> Tensor:

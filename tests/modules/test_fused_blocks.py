@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from qtrain.kernels.lora_part import Made
 from qtrain.kernels.nf4_dequantize import nf4_dequantize
 from qtrain.modules import fused_blocks
 from qtrain.modules.frozen_linear import quantize_base
@@ -265,9 +266,9 @@ def test_recomputation_ends_before_the_product_that_nothing_reads(
     multiplied: list[int] = []
     product = FourBit.product
 
-    def counted(weight: FourBit, x: Tensor) -> Tensor:
+    def counted(weight: FourBit, x: Tensor, made: Made) -> Tensor:
         multiplied.append(x.shape[-1])
-        return product(weight, x)
+        return product(weight, x, made)
 
     monkeypatch.setattr(FourBit, "product", counted)
     wide = plain(model).config.intermediate_size
@@ -491,9 +492,6 @@ def test_on_a_gpu_within_the_rounding_of_bf16(base: str, rank: int, decoder: Dec
 
     truth, wanted = outcome(exact, nullcontext), outcome(found, context)
     words = fuse_blocks(plain(found), context, "auto")
-    if base == "int8":
-        assert words.startswith("as PEFT has them: 14 layers for LLM.int8() on a GPU")
-        return
     assert "QKV, O and MLP fused" in words and "as PEFT" not in words
     assert ("a kernel in Triton" in words) == (base in ("nf4", "fp4"))
     first = outcome(found, context)

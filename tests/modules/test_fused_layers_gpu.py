@@ -26,6 +26,7 @@ METHODS: dict[str, tuple[tuple[str, ...], float]] = {
     "peqa-groups": ((*ROWS, *GROUPS), 1e-3),
     "peqa-zero-points": ((*ROWS, *ZERO_POINTS), 1e-3),
     "qlora": (LORA, 1e-3),
+    "qlora-int8": ((*LORA, "method.base=int8"), 1e-2),
     "lora": ((*LORA, "method.base=none"), 1e-3),
     "qat": (("method.name=qat", "method.weight.group_size=32"), 1e-2),  # a code may fall the other way
 }
