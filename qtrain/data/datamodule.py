@@ -23,6 +23,7 @@ from qtrain.data.sources import SPLITS, locate_all
 from qtrain.data.stream import RowStream, StreamLoader
 from qtrain.data.summary import DataSummary
 from qtrain.errors import DataError
+from qtrain.modules.documents import with_documents
 from qtrain.modules.token_loss import ROWS, with_kept
 
 STAGES = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",), "predict": ("predict",)}
@@ -96,13 +97,13 @@ class LanguageData(lightning.LightningDataModule):
         return self._loader("predict")
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Row numbers stay on the host, and which labels count is found there: else it would wait for the GPU.
+        """Row numbers stay on the host; documents, and which labels count, are found there: else it waits for the GPU.
 
         So it would for a copy from memory that may be paged out.
         """
-        known: Batch = with_kept(batch)
+        known: Batch = with_documents(with_kept(batch))
         if device.type == "cuda":
-            known = {key: tensor.pin_memory() for key, tensor in known.items()}
+            known = {key: one.pin_memory() if one.numel() else one for key, one in known.items()}
         moved: Batch = super().transfer_batch_to_device(known, device, dataloader_idx)
         return {**moved, ROWS: batch[ROWS]} if ROWS in batch else moved
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from qtrain.errors import ModelError
+from qtrain.modules.documents import known_rows, with_documents
+from qtrain.modules.eval_mode import eval_mode
 
 LENGTHS = ((7, 9), (10, 6))
 """Documents of the two rows: back ends differ in whether they keep documents apart in batches of more than one row."""
@@ -32,13 +34,8 @@ def check_isolation(model: nn.Module, vocab_size: int) -> None:
     Errors: ModelError with the largest difference, if it is above 1e-5 of the largest logit (5e-2 where parameters are
     not all fp32).
     """
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with eval_mode(model):
         difference, tolerance = _measure(model, vocab_size)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     if not difference <= tolerance:
         raise ModelError(
             f"packed documents see each other: logits differ by {difference:.1e} of the largest (at most {tolerance})",
@@ -48,12 +45,29 @@ def check_isolation(model: nn.Module, vocab_size: int) -> None:
         )
 
 
-def _measure(model: nn.Module, vocab_size: int) -> tuple[float, float]:
+@torch.no_grad()
+def known_difference(model: nn.Module, vocab_size: int) -> tuple[float, float]:
+    """(difference, tolerance) of the logits of packed rows whose documents are known, and of those found by a mask.
+
+    Relative to the largest logit; in evaluation mode.
+    """
+    with eval_mode(model):
+        ids, positions = _packed(model, vocab_size)
+        known, found = _logits(model, ids, positions).float(), _logits(model, ids, positions, known=False).float()
+    return float((known - found).abs().max() / found.abs().max()), TOLERANCE.get(_narrowest(model), REDUCED)
+
+
+def _packed(model: nn.Module, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Ids and positions of the two rows."""
     device = next(model.parameters()).device
     width = sum(LENGTHS[0])
     # Distinct tokens spread over the vocabulary, so that a leak has something to show.
     ids = (torch.arange(1, 2 * width + 1, device=device).view(2, width) * 7919) % vocab_size
-    positions = torch.tensor([[*range(first), *range(second)] for first, second in LENGTHS], device=device)
+    return ids, torch.tensor([[*range(first), *range(second)] for first, second in LENGTHS])
+
+
+def _measure(model: nn.Module, vocab_size: int) -> tuple[float, float]:
+    ids, positions = _packed(model, vocab_size)
     exchanged = ids.clone()
     for row, (first, _) in enumerate(LENGTHS):
         exchanged[row, :first] = (ids[row, :first] + vocab_size // 2) % vocab_size
@@ -63,8 +77,12 @@ def _measure(model: nn.Module, vocab_size: int) -> tuple[float, float]:
     return difference / float(packed.abs().max()), TOLERANCE.get(_narrowest(model), REDUCED)
 
 
-def _logits(model: nn.Module, ids: Tensor, positions: Tensor) -> Tensor:
-    logits: Tensor = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+def _logits(model: nn.Module, ids: Tensor, positions: Tensor, *, known: bool = True) -> Tensor:
+    """Of packed rows; their documents ``known``, as in training, where the model takes them so."""
+    batch = with_documents({"position_ids": positions}) if known else {"position_ids": positions}
+    batch = {"input_ids": ids, **{key: tensor.to(ids.device) for key, tensor in batch.items()}}
+    with known_rows(model, batch):
+        logits: Tensor = model(input_ids=ids, position_ids=batch["position_ids"], use_cache=False).logits
     return logits
 
 

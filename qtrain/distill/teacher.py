@@ -17,9 +17,9 @@ from qtrain.distill.config import DistillSection
 from qtrain.distill.head_product import not_a_product
 from qtrain.models.config import ModelSection
 from qtrain.models.load import load_model
+from qtrain.modules.documents import known_rows
 from qtrain.modules.head import head_factors
 from qtrain.modules.token_loss import INPUTS
-from qtrain.modules.unbroken_rows import unbroken_rows
 
 Context = Callable[[], AbstractContextManager[Any]]
 
@@ -77,7 +77,7 @@ class Teacher:
 
     def _run(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
         inputs = {key: batch[key].to(self.device) for key in INPUTS if key in batch}
-        with torch.no_grad(), self._context(), unbroken_rows(batch):
+        with torch.no_grad(), self._context(), known_rows(model, batch):
             return model(**inputs, use_cache=False)
 
 

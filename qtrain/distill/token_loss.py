@@ -14,9 +14,9 @@ from qtrain.distill.head_product import Head, not_a_product
 from qtrain.distill.linear_divergence import linear_divergence, logits_divergence
 from qtrain.distill.targets import Target, TeacherHead, TeacherLogits, TopK, same_vocabulary
 from qtrain.distill.teacher import Teacher
+from qtrain.modules.documents import known_rows
 from qtrain.modules.head import head_factors
 from qtrain.modules.token_loss import INPUTS, ROWS, Loss
-from qtrain.modules.unbroken_rows import unbroken_rows
 
 
 def choose_online(
@@ -71,7 +71,7 @@ def _chunked(
 ) -> Loss:
     def loss(batch: Mapping[str, Tensor]) -> Tensor:
         wanted = target(batch)  # first: the teacher's activations are gone when the student's are kept
-        with unbroken_rows(batch):
+        with known_rows(student, batch):
             hidden = student.get_decoder()(**_inputs(batch), use_cache=False).last_hidden_state[:, :-1]
         x, weight, bias = head(student, hidden)
         return linear_divergence(x, weight, wanted, batch["labels"][:, 1:], objective, bias)
@@ -82,7 +82,7 @@ def _chunked(
 def _whole(student: PreTrainedModel, objective: Objective, target: Callable[[Mapping[str, Tensor]], Target]) -> Loss:
     def loss(batch: Mapping[str, Tensor]) -> Tensor:
         wanted = target(batch)
-        with unbroken_rows(batch):
+        with known_rows(student, batch):
             logits = student(**_inputs(batch), use_cache=False).logits[:, :-1]
         return logits_divergence(logits, wanted, batch["labels"][:, 1:], objective)
 

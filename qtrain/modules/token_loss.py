@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from qtrain.modules.documents import known_rows
 from qtrain.modules.head import head_factors
 from qtrain.modules.linear_cross_entropy import linear_cross_entropy, places_kept
-from qtrain.modules.unbroken_rows import unbroken_rows
 
 Loss = Callable[[Mapping[str, Tensor]], Tensor]
 INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -35,7 +35,7 @@ def with_kept(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def plain_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Sum of -log p(label) in nats over positions 1..n-1, from the model's whole logits [B, L, vocab]."""
     inputs = {key: batch[key] for key in INPUTS if key in batch}
-    with unbroken_rows(batch):
+    with known_rows(model, batch):
         logits = model(**inputs, use_cache=False).logits[:, :-1].float()
     return F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100, reduction="sum")
 
@@ -43,7 +43,7 @@ def plain_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 def chunked_loss(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
     """The same sum from the decoder's hidden states, head and cross-entropy in chunks of tokens."""
     inputs = {key: batch[key] for key in INPUTS if key in batch}
-    with unbroken_rows(batch):
+    with known_rows(model, batch):
         hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state
     x, weight, bias = head_factors(model, hidden[:, :-1])
     return linear_cross_entropy(x, weight, batch["labels"][:, 1:], bias, kept=batch.get(KEPT))

@@ -123,7 +123,7 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
     detour = detour_words(config.optimizer.name, trainer.strategy.root_device)
     facts = [f"optimizer   {config.optimizer.name}, {state / 1e6:,.1f} MB of state{detour}"]
     facts += [f"loss        {module.loss_path}", f"layers      {module.fused}", f"recompute   {module.recompute}"]
-    facts.append(products(trainer))
+    facts += [f"attention   {module.attention}", products(trainer)]
     if module.loading is not None:
         facts.append(f"loading     {module.loading}")
     if module.blocks is not None:
@@ -132,7 +132,8 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
         facts.append(f"teacher     {module.cache}")
     if not validated and module.method.baselines(module.model):
         facts.append("recovery    not measured; with data.validation it is: full precision, PTQ and QAT in a table")
-    say([*module.method.lines(module.model), *facts], title="model")
+    facts = [*module.method.lines(module.model), *facts]
+    say(facts, title="model")
     baselines: dict[str, float] = {}
     before: dict[str, float] = {}
     if checkpoint is None:
@@ -174,6 +175,7 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
         "peak_gib": throughput.peak_gib,
         "plan": watch.to_dict(),
         "trained_parameters": sum(p.numel() for p in module.model.parameters() if p.requires_grad),
+        "model": [" ".join(fact.split()) for fact in facts],
         "loss_path": module.loss_path,
         "blocks": module.blocks,
         "recompute": str(module.recompute),

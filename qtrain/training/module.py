@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from qtrain.modules.block_chain import BlockError
 from qtrain.modules.head import head_factors
 from qtrain.modules.quantizers import full_precision, quantizers
 from qtrain.modules.token_loss import Loss, choose_loss
+from qtrain.training.attention import Attention, shape_of
 from qtrain.training.cuda_graphs import LayerGraphs
 from qtrain.training.gradients import EarlyClip, OnHost, clip_factor, early_clip, gradients_of, scale_
 from qtrain.training.optimizers import build_optimizer, build_schedule
@@ -104,6 +105,8 @@ class LanguageModule(L.LightningModule):
         self._clones: list[RemovableHandle] = []
         self.cache: CachedLogits | None = None
         self.recompute: Recompute | None = None
+        self.attention: Attention | None = None
+        self._in_order = ExitStack()
         self.block_errors: list[BlockError] = []
 
     @property
@@ -159,6 +162,7 @@ class LanguageModule(L.LightningModule):
         handed_over, self._base = self._base, None
         base = handed_over if handed_over is not None else self._load_base(storage, compute, device)
         self.fused = fuse_layers(base, device, config.model.fused, keeps_outputs=self.method.keeps_outputs)
+        self.attention = Attention(base, config, device)
         section = config.distill
         if section.layerwise is not None or (section.loss != "none" and not section.cached):
             self._twin = self._teacher(base, compute, device)
@@ -196,8 +200,11 @@ class LanguageModule(L.LightningModule):
                     self._objective, self.loss_path = choose_cached(plain, self.cache, objective, head_factors)
                 elif self._twin is not None:
                     self._objective, self.loss_path = choose_online(plain, self._twin, objective, head_factors)
+            self.attention.prove(plain, int(plain.config.vocab_size))
             if config.data.packing:
                 check_isolation(plain, int(plain.config.vocab_size))
+            if config.model.attention == "auto" and (shape := shape_of(plain, config)) is not None:
+                self.attention.measure(shape, compute, device)
             self.recompute = settle(plain, config, device, self.loss_path)
         return self.model
 
@@ -275,7 +282,8 @@ class LanguageModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Let go of what was needed before the first step: a teacher of blocks, the weights before a start."""
-        assert self._objective is not None and self.recompute is not None
+        assert self._objective is not None and self.recompute is not None and self.attention is not None
+        self._in_order.enter_context(self.attention.in_order())
         self._window = AccumulationWindow(
             self._objective,
             self.recompute,
@@ -318,6 +326,7 @@ class LanguageModule(L.LightningModule):
 
     def on_fit_end(self) -> None:
         """Layers run as they are again."""
+        self._in_order.close()
         if self.graphs is not None:
             if self.graphs.count:
                 replayed, others = self.graphs.calls

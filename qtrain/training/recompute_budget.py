@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from qtrain.config.schema import Config
+from qtrain.modules.documents import known_rows, with_documents
 from qtrain.modules.linear_cross_entropy import CHUNK_BYTES
 from qtrain.modules.token_loss import INPUTS
 from qtrain.training.live_bytes import meter, tensor_bytes
@@ -130,7 +131,8 @@ def probe_batch(rows: int, length: int, vocab: int, *, packing: bool, device: to
     ids = (torch.arange(rows * length, device=device) % vocab).view(rows, length)
     if not packing:
         return {"input_ids": ids}
-    return {"input_ids": ids, "position_ids": (torch.arange(length, device=device) % -(-length // 2)).expand(rows, -1)}
+    positions = with_documents({"position_ids": (torch.arange(length) % -(-length // 2)).repeat(rows, 1)})
+    return {"input_ids": ids, **{key: tensor.to(device) for key, tensor in positions.items()}}
 
 
 def head_bytes(model: PreTrainedModel, tokens: int, *, whole: bool) -> int:
@@ -182,7 +184,7 @@ def inputs_of(model: PreTrainedModel, layer: nn.Module, batch: Mapping[str, Tens
 
     handle = layer.register_forward_pre_hook(take, with_kwargs=True)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), known_rows(model, batch):
             model.get_decoder()(**{key: batch[key] for key in INPUTS if key in batch}, use_cache=False)
     except _Reached:
         pass
