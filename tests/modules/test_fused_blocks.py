@@ -495,7 +495,8 @@ def test_on_a_gpu_within_the_rounding_of_bf16(base: str, rank: int, decoder: Dec
     assert "QKV, O and MLP fused" in words and "as PEFT" not in words
     assert ("a kernel in Triton" in words) == (base in ("nf4", "fp4"))
     first = outcome(found, context)
-    assert away(first, truth) <= 1.2 * away(wanted, truth) <= 0.1
+    # Where inputs are codes too, a number that bf16 rounds may fall to the next one: PEFT's own layers are 0.12 away.
+    assert away(first, truth) <= 1.2 * away(wanted, truth) <= (0.2 if base == "int8" else 0.1)
     other = torch.cuda.Stream()
     other.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(other):  # dense weights in another memory
