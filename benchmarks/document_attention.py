@@ -102,7 +102,7 @@ def main() -> None:
     shapes = [(4, 2048), (1, 16384)] if not asked.tiny else [(2, 128)]
     for rows, length in shapes:
         for heads, kv_heads in ((32, 32), (32, 8)):
-            for mean in (length // 9, length // 2):
+            for mean in (length // 9, length // 4):
                 lines.append(row(rows, length, heads, kv_heads, mean))
                 print(lines[-1], flush=True)
     where = torch.cuda.get_device_name() if ON_GPU else f"CPU, {torch.get_num_threads()} threads"
