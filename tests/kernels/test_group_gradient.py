@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from qtrain.kernels import packed_linear
+from qtrain.kernels.packed_linear import Packed, range_gradients
 from qtrain.numerics.packing import pack
+from qtrain.numerics.spec import QuantSpec
 
 triton = pytest.importorskip("triton", reason="CPU installs of torch come without triton")
 
@@ -53,6 +56,23 @@ def test_it_is_the_sum_over_groups(tokens: int, out: int, columns: int, group: i
             assert (found[1] is None) == (not sums)
             if found[1] is not None:
                 assert (found[1].double() - wanted[1]).norm() <= 2e-5 * wanted[1].norm()
+
+
+@KERNEL
+@pytest.mark.parametrize("trains_zero", [False, True])
+def test_a_packed_layer_takes_it(trains_zero: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    dy, x, codes, zero = operands(96, 128, 256, 4, 64)
+    scale = torch.rand(zero.shape, device=DEVICE) + 0.5
+    packed = Packed(pack(codes, 4), 256, QuantSpec("int4", symmetric=False, group_size=64))
+    wanted = range_gradients(dy, x, packed, scale, zero, None, trains_zero=trains_zero)
+    monkeypatch.setattr(packed_linear, "_tiled", lambda *given: True)
+    monkeypatch.setattr(tiles, "fits", lambda *given: True)
+    monkeypatch.setattr(packed_linear.packed_tiles, "group_sums", None)  # of the way in parts
+    found = range_gradients(dy, x, packed._replace(tiles=True), scale, zero, None, trains_zero=trains_zero)
+    for one, own in zip(found, wanted, strict=True):
+        assert (one is None) == (own is None)
+        if one is not None and own is not None:
+            assert (one - own).norm() <= 2e-3 * own.norm()  # products on a CPU are rounded to 16 bits
 
 
 @KERNEL
