@@ -29,7 +29,11 @@ class ModelSection(Section):
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     dtype: DType = Field("auto", description="storage of unquantized weights: auto is bf16 where the device has it")
-    attention: str = Field("auto", description="attention back end: auto, sdpa, eager, flash_attention_2, ...")
+    attention: str = Field(
+        "auto",
+        description="attention back end: sdpa, eager, flash_attention_2, ...; auto is sdpa, on a GPU by the fastest of "
+        "torch's for the shape, packed rows document by document",
+    )
     fused: Literal["auto", "none"] = Field(
         "auto", description="liger-kernel's norm, RoPE and SwiGLU where it is installed and there is a GPU"
     )
