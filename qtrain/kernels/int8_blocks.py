@@ -2,7 +2,10 @@
 
 y_i = fq(x) fq(W_i)^T + b_i, multiplied as codes (``qtrain.kernels.int8_linear``), with x's codes made once and the
 gradients of x added up by the products. A gated MLP keeps x's codes and its two outputs before the activation: what
-down multiplies is made again from them.
+down multiplies is made again from them, codes straight from SwiGLU.
+
+The norm before them is a kernel of its own: with the codes in one it would spare a write and a read of x, 2 x 28 us of
+the 18 ms that a layer of the 7B's width takes for 8,192 tokens at an H200's bandwidth (reckoned; 0.3 %).
 """
 
 from __future__ import annotations

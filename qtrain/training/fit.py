@@ -123,7 +123,7 @@ def fit(config: Config, run: RunDirectory) -> dict[str, Any]:
     detour = detour_words(config.optimizer.name, trainer.strategy.root_device)
     facts = [f"optimizer   {config.optimizer.name}, {state / 1e6:,.1f} MB of state{detour}"]
     facts += [f"loss        {module.loss_path}", f"layers      {module.fused}", f"recompute   {module.recompute}"]
-    facts += [f"attention   {module.attention}", products(trainer)]
+    facts += [f"attention   {module.attention}", products(trainer, config.method.compute_dtype)]
     if module.loading is not None:
         facts.append(f"loading     {module.loading}")
     if module.blocks is not None:

@@ -87,9 +87,14 @@ def goal(trainer: L.Trainer) -> str:
     return f"{trainer.max_steps} steps" if trainer.max_steps != -1 else f"{trainer.max_epochs} epochs"
 
 
-def products(trainer: L.Trainer) -> str:
-    """What products run in, and where."""
+def products(trainer: L.Trainer, compute: str = "auto") -> str:
+    """What products run in, and where.
+
+    Args:
+        compute: ``method.compute_dtype``.
+    """
     kind = "bf16" if "bf16" in str(trainer.precision) else "fp32"
+    kind += ", of frozen weights in fp8," if compute == "fp8" else ""
     return f"products    {kind} on {device_name(trainer.strategy.root_device)}"
 
 
