@@ -1,4 +1,4 @@
-"""A layer of QAT on a GPU: bf16, simulated, and as a product of bytes; then its kernels one by one.
+"""A layer of QAT on a GPU: bf16, simulated, and as a product of int8 or fp8 codes; then its kernels one by one.
 
     python benchmarks/qat_linear_gpu.py [--out OUT.md] [--shapes 8192x4096x11008 8192x2048x8192] [--rounds 30] [--tiles]
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from qtrain.kernels.codes import codes, plain_codes
+from qtrain.kernels.fp8_product import Fp8Rows, fp8_matmul, plain_fp8_matmul
 from qtrain.kernels.int8_matmul import int8_matmul, plain_int8_matmul
 from qtrain.modules.config import QuantizerSection, WeightSection
 from qtrain.modules.kernel_keys import Kernels
@@ -42,6 +43,7 @@ def layers(width: int, out: int) -> dict[str, nn.Module]:
     tokens, lsq = QuantizerSection(format="int8"), {"range": "learned", "calibrate": "lsq"}
     int8, int4 = WeightSection(format="int8"), WeightSection(format="int4")
     groups = WeightSection(format="int4", group_size=32)
+    fp8, fp8_tokens = WeightSection(format="fp8_e4m3"), QuantizerSection(format="fp8_e4m3")
 
     def made(
         weight: WeightSection, inputs: QuantizerSection | None, kernels: Kernels, byte_gradient: bool = False
@@ -60,6 +62,9 @@ def layers(width: int, out: int) -> dict[str, nn.Module]:
         "W4A8 learned, one-pass": made(int4.merged(lsq), tokens, "triton"),
         "W4A8 learned, int8": made(int4.merged(lsq), tokens, "int8"),
         "W4A8 learned, int8, input gradient too": made(int4.merged(lsq), tokens, "int8", True),
+        "fp8 plain": made(fp8, fp8_tokens, "plain"),
+        "fp8 one-pass": made(fp8, fp8_tokens, "triton"),
+        "fp8 fp8": made(fp8, fp8_tokens, "fp8"),
         "W4 g32, plain": made(groups, None, "plain"),
         "W4 g32, one-pass": made(groups, None, "triton"),
         "W4 g32 A8, one-pass": made(groups, tokens, "triton"),
@@ -200,13 +205,24 @@ def kernel_table(shape: Shape, rounds: int, tiles: bool) -> str:
     q_x, s_x = codes(x, by_token.key)
     q_w, s_w = codes(weight, by_row.key, scale)
     wide = weight.to(DTYPE)
+    fp8_by_token = Dynamic(QuantizerSection(format="fp8_e4m3").spec(weight=False))
+    fp8_by_row = Dynamic(WeightSection(format="fp8_e4m3").spec(weight=True))
+    fp8_x, fp8_w = codes(x, fp8_by_token.key), codes(weight, fp8_by_row.key)
+    fp8_sides = [Fp8Rows(q, s.unsqueeze(1)) for q, s in (fp8_x, fp8_w)]
     same = {
         "codes of inputs": _equal(codes(x, by_token.key), plain_codes(x, by_token)),
         "codes of weights": _equal(codes(weight, by_row.key, scale), plain_codes(weight, by_row, scale)),
+        "fp8 codes of inputs": _equal(fp8_x, plain_codes(x, fp8_by_token)),
+        "fp8 codes of weights": _equal(fp8_w, plain_codes(weight, fp8_by_row)),
     }
     ours = int8_matmul(q_x, q_w, s_x, s_w, None, torch.float32)
     twin = plain_int8_matmul(q_x, q_w, s_x, s_w, None, torch.float32)
     error = float((ours - twin).abs().max() / twin.abs().max())
+    fp8_twin = plain_fp8_matmul(fp8_sides[0], fp8_sides[1], torch.float32)
+    fp8_errors = [
+        float((fp8_matmul(*fp8_sides, torch.float32, fast_sums=fast) - fp8_twin).norm() / fp8_twin.norm())
+        for fast in (False, True)
+    ]
     calls: dict[str, Call] = {
         "codes of inputs": lambda: codes(x, by_token.key),
         "codes of inputs, plain": lambda: plain_codes(x, by_token),
@@ -215,6 +231,12 @@ def kernel_table(shape: Shape, rounds: int, tiles: bool) -> str:
         "product of floats": lambda: x @ wide.t(),
         "product int8": lambda: int8_matmul(q_x, q_w, s_x, s_w, None, DTYPE),
         "product int8, plain": lambda: plain_int8_matmul(q_x, q_w, s_x, s_w, None, DTYPE),
+        "codes of inputs, fp8": lambda: codes(x, fp8_by_token.key),
+        "codes of inputs, fp8, plain": lambda: plain_codes(x, fp8_by_token),
+        "codes of weights, fp8": lambda: codes(weight, fp8_by_row.key),
+        "codes of weights, fp8, plain": lambda: plain_codes(weight, fp8_by_row),
+        "product fp8": lambda: fp8_matmul(*fp8_sides, DTYPE, fast_sums=False),
+        "product fp8, fast sums": lambda: fp8_matmul(*fp8_sides, DTYPE),
         "codes of weights, transposed": lambda: q_w.t().contiguous(),
     }
     if tiles and ON_GPU:
@@ -233,7 +255,9 @@ def kernel_table(shape: Shape, rounds: int, tiles: bool) -> str:
         rate = f"{moved / took:.0f} GB/s" if moved else f"{2e-9 * tokens * width * out / took:.0f} T(FL)OP/s"
         rows.append([name, f"{took:.3f}", "" if name.endswith("transposed") else rate])
     facts = ", ".join(f"{name} equal: {equal}" for name, equal in same.items())
-    return f"{table(rows)}\n\n{facts}; largest difference of products {error:.1e}\n"
+    exact, fast = (f"{one:.1e}" for one in fp8_errors)
+    facts += f"; largest difference of products {error:.1e}; of fp8 by norm {exact}, with fast sums {fast}"
+    return f"{table(rows)}\n\n{facts}\n"
 
 
 CANDIDATES = (
@@ -246,7 +270,7 @@ CANDIDATES = (
 
 
 def _equal(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> bool:
-    return all(map(torch.equal, one, other))
+    return torch.equal(one[0].float(), other[0].float()) and torch.equal(one[1], other[1])
 
 
 def _shape(text: str) -> Shape:

@@ -1,5 +1,5 @@
-"""Rows to int8 codes and scales in one pass over device memory: a read of 2 bytes and a write of 1 where plain PyTorch
-takes six passes.
+"""Rows to int8 or e4m3 codes and scales in one pass over device memory: a read of 2 bytes and a write of 1 where plain
+PyTorch takes six passes.
 
 The Triton twin of ``qtrain.kernels.codes.plain_codes``; the same codes, as in ``quantize_rows``.
 """
@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qtrain.kernels.fp8_tiles import _e4m3
 from qtrain.kernels.quantize_rows import STORAGE, _clamp, _code, _has_quotient, _quotient, _round, _stored, _to
-from qtrain.numerics.affine import SMALLEST_FP32_SCALE, SMALLEST_SCALE
+from qtrain.numerics.affine import FLOAT_DTYPES, SMALLEST_FP32_SCALE, SMALLEST_SCALE
 from qtrain.numerics.rules import RULES, Rule
 
 BLOCK = 4096
@@ -24,10 +25,10 @@ TILE = 64
 
 
 def codes(rule: Rule, x: Tensor, scale: Tensor | None, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Codes int8 [rows, in] and the fp32 scale of each row; of x * factor where a factor of columns is given."""
+    """Codes int8 or e4m3 [rows, in] and the fp32 scale of each row; of x * factor [in] where that is given."""
     x = x.reshape(-1, x.shape[-1]).contiguous()
     rows, size = x.shape
-    out = torch.empty_like(x, dtype=torch.int8)
+    out = torch.empty_like(x, dtype=FLOAT_DTYPES.get(rule.spec.format, torch.int8))
     scales = torch.empty(rows, dtype=torch.float32, device=x.device)
     _codes[(rows,)](
         x,
@@ -72,6 +73,8 @@ def _constants(key: str, size: int) -> dict[str, float | int | bool]:
         "SMALLEST": SMALLEST_FP32_SCALE if spec.scale_dtype == "fp32" else SMALLEST_SCALE,
         "MID_RISE": spec.mid_rise,
         "STORAGE": STORAGE[spec.scale_dtype],
+        "FLOAT": spec.is_float,
+        "BY_HAND": triton.knobs.runtime.interpret,
         "STEPS": triton.cdiv(size, block),
         "BLOCK": block,
         "num_warps": 8 if block > 2048 else 4,
@@ -92,6 +95,8 @@ def _codes(  # type: ignore[no-untyped-def]
     SMALLEST: tl.constexpr,
     MID_RISE: tl.constexpr,
     STORAGE: tl.constexpr,
+    FLOAT: tl.constexpr,
+    BY_HAND: tl.constexpr,
     DYNAMIC: tl.constexpr,
     FACTOR: tl.constexpr,
     STEPS: tl.constexpr,
@@ -117,7 +122,9 @@ def _codes(  # type: ignore[no-untyped-def]
         here = step * BLOCK + columns
         if STEPS > 1 or not DYNAMIC:
             x = _numbers(x_ptr + place, factor_ptr, here, size, FACTOR)
-        if DYNAMIC and quick:
+        if FLOAT:
+            _write_float(x, scale, inverse, DYNAMIC and quick, out_ptr + place, here, size, QUANT_MAX, BY_HAND, BLOCK)
+        elif DYNAMIC and quick:
             _write_finite(x, scale, inverse, out_ptr + place, here, size, QUANT_MIN, QUANT_MAX, MID_RISE)
         else:
             _write(x, scale, out_ptr + place, here, size, QUANT_MIN, QUANT_MAX, MID_RISE, BLOCK)
@@ -132,7 +139,7 @@ def _codes(  # type: ignore[no-untyped-def]
 def _numbers_of(codes_ptr, scale_ptr, out_ptr, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    q = tl.load(codes_ptr + row * size + column, mask=column < size, other=0).to(tl.float32)
+    q = tl.load(codes_ptr + row * size + column, mask=column < size).to(tl.float32)
     y = _to(q * tl.load(scale_ptr + row), out_ptr.dtype.element_ty)
     tl.store(out_ptr + row * size + column, y, mask=column < size)
 
@@ -199,3 +206,18 @@ def _write_finite(  # type: ignore[no-untyped-def]
     if MID_RISE:
         codes = 2 * codes + 1
     tl.store(out_ptr + columns, codes.to(tl.int8), mask=columns < size)
+
+
+@triton.jit
+def _write_float(  # type: ignore[no-untyped-def]
+    x, scale, inverse, quick, out_ptr, columns, size, LARGEST: tl.constexpr, BY_HAND: tl.constexpr, BLOCK: tl.constexpr
+):
+    """e4m3 of quotients, ``quick`` where they are of finite numbers; NaN stays NaN, which it has a code for."""
+    scaled = _quotient(x, scale, inverse) if quick else tl.math.div_rn(x, tl.broadcast_to(scale, [BLOCK]))
+    y = tl.where(scaled == scaled, _clamp(scaled, -LARGEST, LARGEST), scaled)
+    if BY_HAND:  # the interpreter makes a number of NaN
+        q = tl.where(y == y, _e4m3(y).to(tl.float8e4nv).to(tl.int8, bitcast=True), 127)
+        q = q.to(tl.int8).to(tl.float8e4nv, bitcast=True)
+    else:
+        q = y.to(tl.float8e4nv)
+    tl.store(out_ptr + columns, q, mask=columns < size)

@@ -1,11 +1,12 @@
-"""Rows as integer codes and the scales that they are multiplied with: what a product of bytes takes."""
+"""Rows as codes of a byte and the scales that they are multiplied with: what a product of bytes takes."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from qtrain.numerics.affine import grouped, level_codes
+from qtrain.kernels.fp8_product import has_fp8
+from qtrain.numerics.affine import FLOAT_DTYPES, grouped, level_codes
 from qtrain.numerics.rules import RULES, Dynamic, Rule
 from qtrain.numerics.spec import INTEGER_BITS
 
@@ -24,12 +25,12 @@ def codes(x: Tensor, key: str, scale: Tensor | None = None, factor: Tensor | Non
 
     Args:
         x: [.., in].
-        key: of a rule of symmetric integers with one scale a row.
-        scale: [rows, 1] where the range is kept or learned.
+        key: of a rule of symmetric integers or fp8 with one scale a row, or for all.
+        scale: [rows, 1], or [1, 1], where the range is kept or learned.
         factor: fp32 [in]; x * factor is quantized in place of x.
 
     Returns:
-        q int8 [rows, in], s fp32 [rows].
+        q int8 or float8 [rows, in], s fp32 [rows].
     """
     if torch.compiler.is_compiling():
         found: tuple[Tensor, Tensor] = torch.ops.qtrain.codes(x, scale, factor, key)
@@ -53,13 +54,16 @@ def plain_codes(
     if spec.mid_rise:
         levels.mul_(2.0).add_(1.0)
         used = used * 0.5
-    return levels.to(torch.int8).view(x.shape), used
+    if spec.rows_share_scales:
+        used = used.repeat(len(x))
+    return levels.to(_dtype(rule)).view(x.shape), used
 
 
 def numbers(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """fq(x) [rows, in] in ``dtype`` from its codes and scales, bit for bit the simulated one."""
     if torch.compiler.is_compiling() or not _one_pass(codes) or dtype not in FLOATS:
-        return (codes * scale.unsqueeze(1)).to(dtype)
+        wide = codes.to(torch.float32) if codes.is_floating_point() else codes  # fp8 is promoted to nothing
+        return (wide * scale.unsqueeze(1)).to(dtype)
     return code_rows.numbers(codes, scale, dtype)
 
 
@@ -71,18 +75,27 @@ def turned(codes: Tensor) -> Tensor:
 
 
 def kernels_know(rule: Rule) -> bool:
-    """Whether they decide this rule's codes: they divide by a scale, where torchao multiplies with its inverse."""
+    """Whether they decide this rule's integers: they divide by a scale, where torchao multiplies with its inverse."""
     return rule.spec.format in INTEGER_BITS and rule.spec.convention != "torchao"
 
 
+def _fp8_kernel_knows(rule: Rule, device: torch.device) -> bool:
+    return rule.spec.format == "fp8_e4m3" and not rule.spec.rows_share_scales and has_fp8(device)
+
+
 def _one_pass(x: Tensor) -> bool:
-    return code_rows is not None and x.is_cuda and x.numel() > 0
+    typed = x.dtype not in FLOAT_DTYPES.values() or has_fp8(x.device)
+    return code_rows is not None and x.is_cuda and x.numel() > 0 and typed
+
+
+def _dtype(rule: Rule) -> torch.dtype:
+    return FLOAT_DTYPES.get(rule.spec.format, torch.int8)
 
 
 def _codes(x: Tensor, scale: Tensor | None, factor: Tensor | None, rule: Rule) -> tuple[Tensor, Tensor]:
     if isinstance(rule, Dynamic):
         scale = None  # a learned range that lies there is not asked
-    if kernels_know(rule) and _one_pass(x) and x.dtype in FLOATS:
+    if (kernels_know(rule) or _fp8_kernel_knows(rule, x.device)) and _one_pass(x) and x.dtype in FLOATS:
         return code_rows.codes(rule, x, scale, factor)
     return plain_codes(x, rule, scale, factor)
 
@@ -95,4 +108,4 @@ def _codes_op(x: Tensor, scale: Tensor | None, factor: Tensor | None, key: str) 
 @_codes_op.register_fake
 def _(x: Tensor, scale: Tensor | None, factor: Tensor | None, key: str) -> tuple[Tensor, Tensor]:
     rows = x.reshape(-1, x.shape[-1])
-    return torch.empty_like(rows, dtype=torch.int8), rows.new_empty(rows.shape[0], dtype=torch.float32)
+    return torch.empty_like(rows, dtype=_dtype(RULES[key])), rows.new_empty(rows.shape[0], dtype=torch.float32)

@@ -84,6 +84,14 @@ def _e4m3(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _e5m2(x):  # type: ignore[no-untyped-def]
+    """fp32 numbers of e5m2, ties to even: one bit of mantissa less, and below 2^-14 steps of 2^-16."""
+    bits = x.to(tl.int32, bitcast=True)
+    bits = (bits + 0xFFFFF + ((bits >> 21) & 1)) & -2097152
+    return tl.where(tl.abs(x) < 2.0**-14, (x + 192.0) - 192.0, bits.to(tl.float32, bitcast=True))
+
+
+@triton.jit
 def _numbers(x_ptr, factor_ptr, column, size, FACTOR: tl.constexpr):  # type: ignore[no-untyped-def]
     x = tl.load(x_ptr + column, mask=column < size, other=0.0).to(tl.float32)
     if FACTOR:

@@ -20,7 +20,7 @@ def gated_codes(gate: Tensor, up: Tensor, key: str) -> tuple[Tensor, Tensor]:
 
     Args:
         gate, up: [rows, size].
-        key: of a dynamic rule of symmetric integers with one scale a row.
+        key: of a dynamic rule of symmetric integers with one scale a row, or of fp8, by ``codes``.
     """
     if _one_pass(gate, key):
         return gated_code_tiles.forward(RULES[key].spec, gate, up)

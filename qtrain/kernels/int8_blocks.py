@@ -1,4 +1,4 @@
-"""Layers of bytes that share an input, and a gated MLP of three, as one autograd function each.
+"""Layers of bytes (int8 or fp8) that share an input, and a gated MLP of three, as one autograd function each.
 
 y_i = fq(x) fq(W_i)^T + b_i, multiplied as codes (``qtrain.kernels.int8_linear``), with x's codes made once and the
 gradients of x added up by the products. A gated MLP keeps x's codes and its two outputs before the activation: what
@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from qtrain.kernels.code_product import code_matmul
 from qtrain.kernels.codes import codes, numbers
 from qtrain.kernels.fake_quantize import backward, forward
 from qtrain.kernels.gated_codes import gated_codes, gated_codes_backward
 from qtrain.kernels.int8_linear import gradient_in_bytes
-from qtrain.kernels.int8_matmul import int8_matmul
 from qtrain.kernels.shared_input import cast_for_product, forget_casts
 
 Found = tuple[Tensor | None, ...]
@@ -54,10 +54,10 @@ class _Options(NamedTuple):
 def int8_products(
     x: Tensor, layers: Sequence[ByteLinear], *, input_key: str, bytes_backward: bool = False
 ) -> tuple[Tensor, ...]:
-    """y_i [.., out_i] of x [.., in], one a layer; each as ``int8_linear`` gives it.
+    """y_i [.., out_i] of x [.., in], one a layer; each as ``int8_linear`` or ``fp8_linear`` gives it.
 
     Args:
-        input_key: of the rule of x: dynamic, symmetric, by token.
+        input_key: of the rule of x: dynamic, symmetric, by token (fp8: or as a whole).
         bytes_backward: dX as products of bytes too.
     """
     options = _Options(input_key, tuple(layer.key for layer in layers), "", bytes_backward)
@@ -154,7 +154,7 @@ def _by_kind(values: Sequence[Any], count: int) -> tuple[Sequence[Any], ...]:
 
 def _product(q: Tensor, s: Tensor, layer: ByteLinear, dtype: torch.dtype) -> Tensor:
     q_w, s_w = codes(layer.weight, layer.key, layer.scale)
-    return int8_matmul(q, q_w, s, s_w, None if layer.bias is None else layer.bias.to(dtype), dtype)
+    return code_matmul(q, q_w, s, s_w, None if layer.bias is None else layer.bias.to(dtype), dtype)
 
 
 def _input_gradient(dys: Sequence[Tensor], layers: Sequence[ByteLinear], in_bytes: bool) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qtrain.kernels.code_product import code_matmul
 from qtrain.kernels.codes import codes, numbers, turned
 from qtrain.kernels.fake_quantize import backward, forward
 from qtrain.kernels.int8_matmul import int8_matmul, int8_matmul_into
@@ -40,7 +41,29 @@ def int8_linear(
         byte_gradient: dX too is a product of bytes: dY s_w rounded to int8 by token, times q_w (SwitchBack's dX,
             Wortsman 2023, arXiv 2304.13013, with the weight's own codes). dW is not.
     """
-    result: Tensor = _Int8Linear.apply(  # type: ignore[no-untyped-call]
+    return code_linear(
+        x,
+        weight,
+        bias,
+        weight_rule=weight_rule,
+        input_rule=input_rule,
+        weight_scale=weight_scale,
+        byte_gradient=byte_gradient,
+    )
+
+
+def code_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    weight_rule: Rule,
+    input_rule: Rule,
+    weight_scale: Tensor | None,
+    byte_gradient: bool = False,
+) -> Tensor:
+    """``int8_linear``, or ``fp8_linear`` where the rules are of fp8, without a gradient in bytes."""
+    result: Tensor = _CodeLinear.apply(  # type: ignore[no-untyped-call]
         cast_for_product(x), weight, bias, weight_scale, input_rule.key, weight_rule.key, byte_gradient
     )
     return result
@@ -52,6 +75,8 @@ def lacks_int8_product(weight: Rule | None, inputs: Rule | None) -> str | None:
         return "inputs are not quantized" if inputs is None else "weights are not quantized"
     if type(inputs) is not Dynamic or inputs.spec.granularity != "per_token":
         return "inputs are not dynamic by token"
+    if inputs.spec.is_float:
+        return f"inputs are {inputs.spec.format}, no integers"
     if inputs.spec.format not in INTEGER_BITS or not inputs.spec.symmetric or inputs.spec.mid_rise:
         return "inputs are no symmetric integers"
     spec = weight.spec
@@ -62,7 +87,7 @@ def lacks_int8_product(weight: Rule | None, inputs: Rule | None) -> str | None:
     return "half-integer levels of 8 bits are no bytes" if spec.mid_rise and spec.bits == 8 else None
 
 
-class _Int8Linear(torch.autograd.Function):
+class _CodeLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -82,7 +107,7 @@ class _Int8Linear(torch.autograd.Function):
         ctx.weight_key, ctx.byte_gradient = weight_key, byte_gradient
         # As bf16 products have it: the bias in the product's dtype.
         own_bias = None if bias is None else bias.to(x.dtype)
-        return int8_matmul(q_x, q_w, s_x, s_w, own_bias, x.dtype).view(*x.shape[:-1], len(q_w))
+        return code_matmul(q_x, q_w, s_x, s_w, own_bias, x.dtype).view(*x.shape[:-1], len(q_w))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

@@ -9,6 +9,8 @@ import torch
 from bitsandbytes.functional import QuantState, dequantize_blockwise
 from torch import Tensor
 
+from qtrain.kernels.fp8_product import has_fp8
+
 try:
     from qtrain.kernels import nf4_fp8_tiles, nf4_tiles
 except ImportError:  # Triton comes with torch where there is a GPU
@@ -75,7 +77,8 @@ def nf4_fp8_codes(
     Args:
         turn: [in, out] in place of [out, in].
     """
-    known = nf4_tiles is not None and nf4_tiles.fits(words, state, dtype) and state.shape[-1] % 8 == 0
+    fits = nf4_tiles is not None and nf4_tiles.fits(words, state, dtype) and state.shape[-1] % 8 == 0
+    known = fits and has_fp8(words.device)
     return nf4_fp8_tiles.codes(words, state, scale, dtype, turn) if known else None
 
 

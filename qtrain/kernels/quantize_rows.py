@@ -1,7 +1,8 @@
 """Fake quantization of rows in one pass over memory: a read and a write where plain PyTorch takes about ten.
 
-The Triton twin of ``Rule.forward`` and ``Rule.backward`` (qtrain.numerics.rules) for integer formats whose rows or
-groups have a scale each; the same codes, because quotients are rounded as IEEE 754 says (``div_rn``) and ties to even.
+The Triton twin of ``Rule.forward`` and ``Rule.backward`` (qtrain.numerics.rules) for integer formats and fp8 whose rows
+or groups have a scale each; the same codes, because quotients are rounded as IEEE 754 says (``div_rn``) and ties to
+even. Levels of fp8 are found by hand, on GPUs that have no such type too.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qtrain.kernels.fp8_tiles import _e4m3, _e5m2
 from qtrain.numerics.affine import SMALLEST_FP32_SCALE, SMALLEST_SCALE, grouped_size
 from qtrain.numerics.rules import RULES, Dynamic, Gradients, Learned, Rule, Static
 from qtrain.numerics.spec import INTEGER_BITS, QuantSpec
@@ -26,6 +28,8 @@ NUMBERS_A_WARP = 1024
 """32 in each thread: a row of 16384 in four warps alone has four times as many, which registers do not hold."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STORAGE = {"fp32": 0, "bf16": 1, "fp16": 2}
+FLOATS = {"fp8_e4m3": 1, "fp8_e5m2": 2}
+"""Which kind of float the codes are; 0: integers."""
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -121,7 +125,8 @@ def _launch(key: str, shape: tuple[int, ...]) -> Launch:
 def knows(key: str, shape: tuple[int, ...]) -> bool:
     """Whether the kernels have that rule, for tensors of that shape."""
     rule = RULES[key]
-    if type(rule) not in (Dynamic, Learned, Static) or rule.spec.format not in INTEGER_BITS or not math.prod(shape):
+    known = rule.spec.format in INTEGER_BITS or rule.spec.is_float
+    if type(rule) not in (Dynamic, Learned, Static) or not known or not math.prod(shape):
         return False
     if rule.spec.convention == "torchao":  # a product with 1 / s, where the kernels divide
         return False
@@ -142,6 +147,7 @@ def _constants(spec: QuantSpec) -> dict[str, float | int | bool]:
         "SYMMETRIC": spec.symmetric,
         "HALF": 0.5 if spec.mid_rise else 0.0,
         "STORAGE": STORAGE[spec.scale_dtype],
+        "FLOAT": FLOATS.get(spec.format, 0),
     }
 
 
@@ -204,6 +210,16 @@ def _code(scaled, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexpr):  # type: ig
 
 
 @triton.jit
+def _level(scaled, zero, HALF: tl.constexpr, QUANT_MIN: tl.constexpr, QUANT_MAX: tl.constexpr, FLOAT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Codes of quotients, as fp32."""
+    if FLOAT == 1:
+        return _e4m3(_clamp(scaled, QUANT_MIN, QUANT_MAX))
+    if FLOAT == 2:
+        return _e5m2(_clamp(scaled, QUANT_MIN, QUANT_MAX))
+    return _clamp(_round(scaled - HALF) + zero, QUANT_MIN, QUANT_MAX)
+
+
+@triton.jit
 def _wanted_zero_point(low, scale, QUANT_MIN: tl.constexpr):  # type: ignore[no-untyped-def]
     return _round(tl.math.div_rn(-low, scale)) + QUANT_MIN
 
@@ -228,6 +244,7 @@ def _forward(  # type: ignore[no-untyped-def]
     SYMMETRIC: tl.constexpr,
     HALF: tl.constexpr,
     STORAGE: tl.constexpr,
+    FLOAT: tl.constexpr,
     DYNAMIC: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -256,8 +273,7 @@ def _forward(  # type: ignore[no-untyped-def]
             low = tl.load(offset_ptr + row, mask=there, other=0.0).to(tl.float32)
             zero = _clamp(_wanted_zero_point(low, scale, QUANT_MIN), QUANT_MIN, QUANT_MAX)
     scaled = tl.math.div_rn(x, tl.broadcast_to(scale[:, None], [ROWS, COLUMNS]))
-    codes = _round(scaled - HALF) + zero[:, None]
-    codes = _clamp(codes, QUANT_MIN, QUANT_MAX)
+    codes = _level(scaled, zero[:, None], HALF, QUANT_MIN, QUANT_MAX, FLOAT)
     if STORAGE != 0:
         scale = _to(scale, stored.dtype).to(tl.float32)
     numbers = (codes - zero[:, None] + HALF) * scale[:, None]
@@ -287,6 +303,7 @@ def _backward(  # type: ignore[no-untyped-def]
     SYMMETRIC: tl.constexpr,
     HALF: tl.constexpr,
     STORAGE: tl.constexpr,
+    FLOAT: tl.constexpr,
     D_X: tl.constexpr,
     D_SCALE: tl.constexpr,
     D_OFFSET: tl.constexpr,
@@ -314,8 +331,7 @@ def _backward(  # type: ignore[no-untyped-def]
     if D_X:
         tl.store(d_x_ptr + place, tl.where(inside, upper, 0.0).to(stored.dtype), mask=mask)
     if D_SCALE:
-        codes = _round(u - HALF) + zero[:, None]
-        codes = _clamp(codes, QUANT_MIN, QUANT_MAX)
+        codes = _level(u, zero[:, None], HALF, QUANT_MIN, QUANT_MAX, FLOAT)
         levels = codes - zero[:, None] + HALF
         levels = tl.where(inside, levels - u, levels - moved[:, None])
         pushed = tl.sum(tl.where(mask, levels * upper, 0.0), axis=1) * factor

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qtrain.kernels.codes import turned
-from qtrain.kernels.fp8_product import Fp8Rows, fp8_matmul, fp8_rows, has_fp8
+from qtrain.kernels.fp8_product import Fp8Rows, fp8_matmul, fp8_rows
 from qtrain.kernels.lora_part import FrozenWeight, Made
 from qtrain.modules.frozen_weight import Dequantized, Int8
 
@@ -57,8 +57,3 @@ def in_fp8(frozen: FrozenWeight) -> FrozenWeight | str:
     if isinstance(frozen, Int8) or not isinstance(frozen, Dequantized):
         return "LLM.int8(), which multiplies bytes"
     return InFp8(frozen)
-
-
-def fp8_words(device: torch.device) -> str:
-    """What computes such products there."""
-    return "fp8 tensor cores" if has_fp8(device) else "the same numbers in fp32: no fp8 units here"

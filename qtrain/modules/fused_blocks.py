@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from qtrain.kernels.fp8_product import fp8_units_take, fp8_words, has_fp8
 from qtrain.kernels.gated import Activation, gated_path
 from qtrain.kernels.nf4_dequantize import Dequantize, choose_dequantize, nf4_dequantize
 from qtrain.modules.block_proof import BlockProof
 from qtrain.modules.eval_mode import eval_mode
-from qtrain.modules.fp8_weight import fp8_words, in_fp8
+from qtrain.modules.fp8_weight import in_fp8
 from qtrain.modules.frozen_linear import frozen_kind
 from qtrain.modules.frozen_weight import FourBit, Workspace, frozen_weight
 from qtrain.modules.fused_layers import GatedMlp, Member, SharedInput
@@ -102,6 +103,7 @@ class _Fused:
     def in_fp8(self, device: torch.device) -> str:
         """Let all frozen weights be multiplied in fp8, now that the blocks have proven equal without; in words."""
         refused: Counter[str] = Counter()
+        odd: Counter[str] = Counter()
         for members in self._groups:
             for member in members:
                 frozen = in_fp8(member.frozen)
@@ -109,8 +111,12 @@ class _Fused:
                     refused[frozen] += 1
                 else:
                     member.frozen = frozen
-        count = sum(map(len, self._groups)) - refused.total()
+                    if has_fp8(device) and not fp8_units_take(*_widths(member)):
+                        odd["{} x {}".format(*_widths(member))] += 1
+        count = sum(map(len, self._groups)) - refused.total() - odd.total()
         line = f"{count} frozen weights as e4m3 rows on {fp8_words(device)}" if count else "no frozen weight in fp8"
+        if odd:
+            line += f"; {odd.total()} as the same numbers in fp32: {', '.join(odd)} are no multiples of 16"
         return line + "".join(f"; not {number} layers of {why}" for why, number in refused.items())
 
     def words(self, device: torch.device, by: str) -> str:
@@ -184,6 +190,11 @@ def _why_not(layer: LoraLayer) -> str | None:
     if not all(isinstance(factor, Tensor) and factor.requires_grad for factor in factors):
         return "an adapter that does not train"
     return None
+
+
+def _widths(member: Member) -> tuple[int, int]:
+    linear = member.linear()
+    return linear.a.shape[1], linear.b.shape[0]
 
 
 def _kind(member: Member) -> object:

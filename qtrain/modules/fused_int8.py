@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qtrain.kernels.int8_blocks import ByteLinear, int8_mlp, int8_products
-from qtrain.kernels.int8_linear import lacks_int8_product
 from qtrain.modules.block_parts import WATCHED, exchanged, gated_names, in_training, why_not_equal
 from qtrain.modules.eval_mode import eval_mode
 from qtrain.modules.fused_layers import watched
+from qtrain.modules.kernel_keys import PRODUCTS
 from qtrain.modules.quant_linear import QuantLinear
 from qtrain.modules.quantizer import Quantizer
 from qtrain.modules.shared_inputs import PROBE_TOKENS, by_parent, inputs_of
@@ -27,7 +27,8 @@ Context = Callable[[], AbstractContextManager[Any]]
 def fuse_int8(model: PreTrainedModel, context: Context) -> str:
     """Let layers that share an input, and gated MLPs, be one autograd function each in training, in place.
 
-    Only what multiplies bytes (``QuantLinear.kernels`` is int8). Each kind of block is compared with its layers first.
+    Only what multiplies bytes (``QuantLinear.kernels`` is int8 or fp8). Each kind of block is compared with its layers
+    first.
 
     Args:
         context: what training runs in, such as its autocast.
@@ -183,19 +184,18 @@ def _why_not(block: Block, like: Tensor, context: Context) -> str | None:
 
 def _not_ready(layers: Sequence[QuantLinear]) -> str | None:
     """Why layers of one input are not multiplied as bytes together, as they are by now."""
-    rules = [layer.rules() for layer in layers]
-    if any(layer.kernels != "int8" for layer in layers):
-        return "method.kernels is not int8"
+    if any(layer.kernels not in PRODUCTS for layer in layers):
+        return "method.kernels is neither int8 nor fp8"
     if any(watched(layer) for layer in layers):
         return WATCHED
     if any(layer.lora_A is not None for layer in layers):
         return "adapters inside"
-    for (for_weight, for_input), layer in zip(rules, layers, strict=True):
-        if why := lacks_int8_product(for_weight, for_input):
+    for layer in layers:
+        if why := layer.lacks_product(layer.kernels):
             return why
         if not _ready(layer.weight_quantizer) or not _ready(layer.input_quantizer):
             return "ranges that are not found yet"
-    keys = {for_input.key for _, for_input in rules if for_input is not None}
+    keys = {rule.key for _, rule in (layer.rules() for layer in layers) if rule is not None}
     return None if len(keys) == 1 else "inputs of one are quantized otherwise"
 
 

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qtrain.kernels.fp8_linear import fp8_linear, lacks_fp8_product
 from qtrain.kernels.int8_linear import int8_linear, lacks_int8_product
 from qtrain.kernels.quantized_linear import quantized_linear
 from qtrain.modules.config import QuantizerSection
-from qtrain.modules.kernel_keys import AUTO, Kernels
+from qtrain.modules.kernel_keys import AUTO, PRODUCTS, Kernels
 from qtrain.modules.quantizer import Quantizer
 from qtrain.numerics.affine import QParams
 from qtrain.numerics.rules import Rule
@@ -25,7 +26,7 @@ class QuantLinear(nn.Linear):
     Attributes:
         weight_quantizer, input_quantizer: None leaves that side as it is.
         kernels: which arithmetic it trains with; the codes are the same in all.
-        byte_gradient: the input's gradient is a product of bytes, where the forward is.
+        byte_gradient: the input's gradient is a product of bytes, where the forward is one of int8.
     """
 
     weight_quantizer: Quantizer | None
@@ -79,6 +80,10 @@ class QuantLinear(nn.Linear):
         """Of weight and input as they are multiplied now; None leaves that side as it is."""
         return _rule_in_use(self.weight_quantizer), _rule_in_use(self.input_quantizer)
 
+    def lacks_product(self, kind: Kernels) -> str | None:
+        """Why its codes are not multiplied by now as ``kind``, int8 or fp8; None where they are if it is asked to."""
+        return self._lacks(kind, *self.rules())
+
     def forward(self, input: Tensor) -> Tensor:
         """[.., in] to [.., out]."""
         for_weight, for_input = self.weight_quantizer, self.input_quantizer
@@ -89,16 +94,13 @@ class QuantLinear(nn.Linear):
         input_rule, input_scale, input_offset = _in_use(for_input)
         if weight_rule is None and input_rule is None:
             return F.linear(input, weight, self.bias)
-        if self.kernels == "int8" and lacks_int8_product(weight_rule, input_rule) is None:
+        if self.kernels in PRODUCTS and self._lacks(self.kernels, weight_rule, input_rule) is None:
             assert weight_rule is not None and input_rule is not None
+            rules = {"weight_rule": weight_rule, "input_rule": input_rule}
+            if self.kernels == "fp8":
+                return fp8_linear(input, weight, self.bias, **rules, weight_scale=weight_scale)
             return int8_linear(
-                input,
-                weight,
-                self.bias,
-                weight_rule=weight_rule,
-                input_rule=input_rule,
-                weight_scale=weight_scale,
-                byte_gradient=self.byte_gradient,
+                input, weight, self.bias, **rules, weight_scale=weight_scale, byte_gradient=self.byte_gradient
             )
         return quantized_linear(
             input,
@@ -120,6 +122,11 @@ class QuantLinear(nn.Linear):
             plain.weight = nn.Parameter(self.quantized_weight().detach().to(self.weight.dtype))
         plain.bias = self.bias
         return plain
+
+    def _lacks(self, kind: Kernels, weight_rule: Rule | None, input_rule: Rule | None) -> str | None:
+        if kind == "fp8":
+            return lacks_fp8_product(weight_rule, input_rule, self.out_features, self.in_features)
+        return lacks_int8_product(weight_rule, input_rule)
 
     def _merged_outside_autocast(self) -> Tensor:
         if self.lora_A is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,3 +84,66 @@ def test_a_row_with_nan_is_seen_to_be(columns: int) -> None:
     x[1, columns // 2] = torch.nan
     for found in (plain_fp8_rows(x), Fp8Rows(*kernel.fp8_tiles.fp8_rows(x))):
         assert found.scale[:, 0].isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("capability", "known"), [((7, 5), False), ((8, 0), False), ((8, 6), False), ((9, 0), True), ((10, 0), True)]
+)
+def test_a_gpu_without_fp8_gets_the_plain_twin(
+    capability: tuple[int, int], known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Below 8.9 Triton refuses to compile e4m3."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert kernel.has_fp8(torch.device("cuda", 0)) == known and not kernel.has_fp8(torch.device("cpu"))
+    assert kernel.fp8_words(torch.device("cuda", 0)).startswith("fp8 tensor cores") == known
+    monkeypatch.setattr(torch.version, "cuda", None)  # another maker's
+    assert not kernel.has_fp8(torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_rows_are_the_kernels_only_where_it_compiles(known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+
+    def tiles(x: Tensor, factor: Tensor | None) -> Fp8Rows:
+        called.append("kernel")
+        return plain_fp8_rows(x, factor)
+
+    monkeypatch.setattr(kernel, "has_fp8", lambda device: known)
+    monkeypatch.setattr(kernel, "fp8_tiles", SimpleNamespace(fp8_rows=tiles))
+    x = torch.randn(3, 16)
+    assert torch.equal(fp8_rows(x).codes.float(), plain_fp8_rows(x).codes.float()) and called == ["kernel"] * known
+    assert fp8_rows(x[:0]).codes.shape == (0, 16) and len(called) == known
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(5, 32, 48), (5, 32, 40), (0, 32, 48)], ids=str)
+def test_what_fp8_units_are_given(
+    shape: tuple[int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both widths multiples of 16, the second side turned over, scales of rows where sums are rounded to bf16."""
+    given: list[dict[str, object]] = []
+
+    def units(a: Tensor, b: Tensor, s: Tensor, t: Tensor, bias: Tensor | None = None, **named: object) -> Tensor:
+        given.append({"scales": (tuple(s.shape), tuple(t.shape)), "b": b.stride(), **named})
+        total = (a.float() @ b.float()) * s * t
+        return (total if bias is None else total + bias).to(dtype)
+
+    monkeypatch.setattr(kernel, "has_fp8", lambda device: True)
+    monkeypatch.setattr(kernel, "fp8_tiles", None)
+    monkeypatch.setattr(torch, "_scaled_mm", units)
+    m, n, k = shape
+    a, b, bias = fp8_rows(torch.randn(m, k)), fp8_rows(torch.randn(n, k)), torch.randn(n, dtype=dtype)
+    found = fp8_matmul(a, b, dtype, bias, fast_sums=False)
+    wanted = plain_fp8_matmul(a, b, dtype, bias)
+    assert found.dtype == dtype and torch.allclose(found, wanted, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5)
+    scales = ((m, 1), (1, n)) if dtype == torch.bfloat16 else ((), ())
+    call = {"scales": scales, "b": (1, k), "out_dtype": dtype, "use_fast_accum": False}
+    assert given == ([call] if m and k % 16 == 0 else [])
+
+
+def test_autocast_rounds_no_sum() -> None:
+    a, b = plain_fp8_rows(torch.randn(8, 64)), plain_fp8_rows(torch.randn(8, 64))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = plain_fp8_matmul(a, b, torch.float32)
+    assert torch.equal(found, plain_fp8_matmul(a, b, torch.float32))

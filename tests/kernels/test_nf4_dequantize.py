@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -112,6 +113,15 @@ def test_straight_to_fp8_as_by_way_of_the_weight(
     codes, scale = plain_fp8_rows(by_definition(words, state, dtype))
     found = kernel.nf4_fp8_tiles.codes(words, state, scale, dtype, turn)
     assert found.is_contiguous() and torch.equal((found.t() if turn else found).float(), codes.float())
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_straight_to_fp8_only_where_the_kernel_compiles(known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    words, state = quantized((24, 128), "nf4", True)
+    monkeypatch.setattr(kernel, "has_fp8", lambda device: known)
+    monkeypatch.setattr(kernel, "nf4_tiles", SimpleNamespace(fits=lambda *_: True))
+    monkeypatch.setattr(kernel, "nf4_fp8_tiles", SimpleNamespace(codes=lambda *_: words))
+    assert (kernel.nf4_fp8_codes(words, state, torch.ones(24, 1), torch.bfloat16) is words) == known
 
 
 @pytest.mark.gpu

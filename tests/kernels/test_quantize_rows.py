@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,6 +25,9 @@ SPECS = [
     QuantSpec("int3", group_size=8, scale_dtype="fp16"),
     QuantSpec("int2", group_size=8, scale_dtype="bf16", mid_rise=True),
     QuantSpec("int4", group_size=24, scale_dtype="bf16", symmetric=False),
+    QuantSpec("fp8_e4m3", granularity="per_token", group_size=None, scale_dtype="fp32"),
+    QuantSpec("fp8_e4m3", group_size=8, scale_dtype="bf16"),
+    QuantSpec("fp8_e5m2", **ROW, scale_dtype="fp16"),
 ]
 SHAPES = [(1, 24), (3, 5, 48), (130, 72), (2, 4104)]
 
@@ -94,3 +98,30 @@ def test_strides_and_nan() -> None:
     assert torch.equal(quantize_rows.forward(rule, x.t(), None, None), rule.forward(x.t()))
     x[2, 3] = float("nan")
     assert bool(quantize_rows.forward(rule, x, None, None)[2, 3].isnan())
+
+
+@pytest.mark.skipif(not (ON_GPU or INTERPRETED), reason="needs a GPU or the interpreter")
+@pytest.mark.parametrize("format", ["fp8_e4m3", "fp8_e5m2"])
+def test_all_that_lies_between_two_floats_goes_where_torch_puts_it(format: str) -> None:
+    """Every code of fp8, the middles between neighbours, and what lies next to those; NaN, and what saturates."""
+    from qtrain.kernels import quantize_rows
+
+    dtype = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}[format]
+    floats = torch.arange(256, dtype=torch.uint8).view(dtype).float()
+    floats = floats[floats.isfinite()].unique()
+    middles = (floats[1:] + floats[:-1]) / 2
+    beside = [torch.nextafter(middles, torch.tensor(far)) for far in (torch.inf, -torch.inf)]
+    x = torch.cat([floats, middles, *beside, 4 * floats[-3:]])[None].to("cuda" if ON_GPU else "cpu")
+    rule = Static(QuantSpec(format, granularity="per_channel", group_size=None, scale_dtype="fp32"))
+    scale = torch.ones(1, 1, device=x.device)
+    assert torch.equal(quantize_rows.forward(rule, x, scale, None), rule.forward(x, scale))
+    x[0, 5] = torch.nan
+    assert int(quantize_rows.forward(rule, x, scale, None).isnan().sum()) == 1
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.format}-{spec.granularity}-{spec.scale_dtype}")
+def test_what_the_kernels_know(spec: QuantSpec) -> None:
+    from qtrain.kernels import quantize_rows
+
+    assert quantize_rows.knows(Dynamic(spec).key, (3, 48)) and not quantize_rows.knows(Dynamic(spec).key, (0, 48))
+    assert not quantize_rows.knows(Dynamic(replace(spec, granularity="per_tensor", group_size=None)).key, (3, 48))

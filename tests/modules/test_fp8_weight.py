@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from qtrain.config.compose import load_recipe
 from qtrain.errors import ConfigError
 from qtrain.kernels.fp8_product import fp8_rows
+from qtrain.modules import fused_blocks
 from qtrain.modules.fp8_weight import InFp8
 from qtrain.modules.frozen_linear import quantize_base
 from qtrain.modules.frozen_weight import Dense
@@ -25,9 +26,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:Futu
 IDS = torch.arange(2, 42).view(2, 20)
 
 
-def adapted(base: str, **keys: float) -> torch.nn.Module:
+def adapted(base: str, wide: int = 192, **keys: float) -> torch.nn.Module:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "vocab_size": 64}
+    sizes = {"hidden_size": 128, "intermediate_size": wide, "num_hidden_layers": 2, "vocab_size": 64}
     config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, attention_bias=True)
     model = LlamaForCausalLM(config)
     names = [
@@ -71,6 +72,25 @@ def test_a_step_in_fp8_is_near_the_exact_one(base: str) -> None:
         again = model(input_ids=IDS).logits
     model.train()
     assert (again - wanted["logits"]).norm() < 1e-5 * again.norm()
+
+
+def test_widths_that_fp8_units_do_not_take_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qtrain.kernels import fp8_product
+
+    def words(**sizes: int) -> str:
+        with monkeypatch.context() as patched:
+            model = adapted("none", **sizes)
+            for module in (fused_blocks, fp8_product):  # as if on a GPU that has units
+                patched.setattr(module, "has_fp8", lambda device: True)
+            return fuse_blocks(model.get_base_model(), nullcontext, "auto", fp8=True)
+
+    assert words(wide=200).endswith(
+        "8 frozen weights as e4m3 rows on fp8 tensor cores; "
+        "6 as the same numbers in fp32: 128 x 200, 200 x 128 are no multiples of 16"
+    )
+    assert words().endswith("14 frozen weights as e4m3 rows on fp8 tensor cores")
+    model = adapted("none", wide=200)  # without units none is another's
+    assert fuse_blocks(model.get_base_model(), nullcontext, "auto", fp8=True).endswith("no fp8 units here")
 
 
 def test_the_gradient_of_the_input_takes_the_same_codes() -> None:

@@ -11,7 +11,7 @@ from qtrain.errors import ConfigError
 from qtrain.methods.config import MethodSection
 from qtrain.methods.qat.start_config import CONFLICTS, INITS, check_name, check_sections
 from qtrain.modules.config import QuantizerSection, WeightSection
-from qtrain.modules.kernel_keys import AUTO, AUTO_ON_GPU, InputGradient
+from qtrain.modules.kernel_keys import AUTO, AUTO_ON_GPU, FP8, InputGradient
 from qtrain.modules.kv.config import KVCacheSection
 from qtrain.modules.layer_options import section_of
 from qtrain.numerics.spec import BITS, INTEGER_BITS, QuantSpec
@@ -59,11 +59,12 @@ class QatOptions(StartKeys, MethodSection):
     calibration_rows: int = Field(
         32, ge=0, description="rows of training text from which static ranges, weighted starts and init are found"
     )
-    kernels: Literal["auto", "plain", "triton", "int8"] = Field(
+    kernels: Literal["auto", "plain", "triton", "int8", "fp8"] = Field(
         "auto",
         description="arithmetic of the training, with the same codes: plain PyTorch; triton: one-pass kernels on a "
         "GPU; int8: products of the codes themselves where inputs are dynamic by token and weights have one scale a "
-        f"row, both symmetric, else as triton; auto: {AUTO_ON_GPU} on a GPU, else {AUTO}",
+        f"row, both symmetric, else as triton; fp8: likewise of fp8_e4m3; auto: {AUTO_ON_GPU} on a GPU, {FP8} "
+        f"for layers of fp8 on one with units for it, else {AUTO}",
     )
     input_gradient: InputGradient = Field(
         "full",

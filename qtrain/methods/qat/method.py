@@ -32,7 +32,7 @@ from qtrain.modules.calibrate import calibrate
 from qtrain.modules.deployed import DeployedModel
 from qtrain.modules.fused_int8 import fuse_int8
 from qtrain.modules.kernel_choice import kernel_lines, use_kernels
-from qtrain.modules.kernel_keys import AUTO_ON_GPU
+from qtrain.modules.kernel_keys import PRODUCTS
 from qtrain.modules.kv.prepare import has_cache_scales, kv_quantizers, prepare_kv
 from qtrain.modules.prepare import Prepared, prepare_modules
 from qtrain.modules.quant_linear import QuantLinear
@@ -94,8 +94,7 @@ class Qat(Method[QatOptions]):
                 first_last=options.first_last,
                 head=options.head,
             )
-            chosen = AUTO_ON_GPU if options.kernels == "auto" and device.type == "cuda" else options.kernels
-            use_kernels(model, chosen, options.input_gradient)
+            use_kernels(model, options.kernels, options.input_gradient)
         if options.init is not None and not restoring:
             before = copied_parameters(model, stored)
             self._begun = begin_at(model, options, text=text, context=context, progress=progress)
@@ -112,7 +111,7 @@ class Qat(Method[QatOptions]):
     def fuse(self, model: nn.Module, context: Context) -> str | None:
         """Layers of bytes that share an input, and gated MLPs of them."""
         plain = self.plain_model(model)
-        if not any(isinstance(layer, QuantLinear) and layer.kernels == "int8" for layer in plain.modules()):
+        if not any(isinstance(layer, QuantLinear) and layer.kernels in PRODUCTS for layer in plain.modules()):
             return None
         return fuse_int8(plain, context)
 
