@@ -52,7 +52,8 @@ class MicroBatch:
             torch.cuda.set_rng_state(gpu, self.batch["input_ids"].device)
 
     def parts(self, count: int) -> list[Mapping[str, Tensor]]:
-        """The rows in ``count`` shares, each with its own number of loss tokens."""
+        """The rows in ``count`` shares, or one each where they are fewer, each with its own number of loss tokens."""
+        count = min(count, self.rows)  # the last micro-batch of an epoch is smaller than those that set the count
         if count == 1:
             return [self.batch]
         shares: list[Mapping[str, Tensor]] = []
@@ -182,7 +183,7 @@ class AccumulationWindow:
 
     def _give_way(self, what: str) -> None:
         before = self._now()
-        rows = self._kept[-1].rows
+        rows = max(micro.rows for micro in self._kept)  # any of them may be the one that did not fit
         if not self._recompute.lower(OUT_OF_MEMORY):
             if self._parts >= rows:
                 raise ModelError(

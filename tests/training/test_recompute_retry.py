@@ -257,6 +257,66 @@ def test_gradients_of_one_micro_batch_are_those_of_the_mean(
             torch.testing.assert_close(parameter.grad, gradient / scale, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("plan", "parts"), [({("forward", 1)}, 2), ({("backward", 1), ("backward", 2)}, 4)], ids=str)
+@pytest.mark.parametrize("scale", [1, 2])
+def test_the_last_micro_batch_of_an_epoch_has_fewer_rows_than_parts(
+    scale: int, plan: set[tuple[str, int]], parts: int, tiny_llama: LlamaForCausalLM
+) -> None:
+    """The first of four rows had to be divided; then comes one of one row, in a window of its own or in the same."""
+    model, recompute = tiny_llama.train(), Recompute(tiny_llama)
+    ids = torch.randint(0, 512, (5, 12), generator=torch.Generator().manual_seed(0))
+    batches = [
+        {"input_ids": rows, "labels": rows, "loss_tokens": torch.tensor(len(rows) * 11)} for rows in (ids[:4], ids[4:])
+    ]
+    seen = {"forward": 0, "backward": 0}
+
+    def due(which: str) -> bool:
+        seen[which] += 1
+        return (which, seen[which]) in plan
+
+    def loss(batch: Any) -> Tensor:
+        result: Tensor = _Fails.apply(chunked_loss(model, batch), due)  # type: ignore[no-untyped-call]
+        return result
+
+    trained = list(model.parameters())
+    alone = [torch.autograd.grad(chunked_loss(model, batch), trained) for batch in batches]
+    recompute.set("offload")  # from there on micro-batches are divided
+    window = recompute_retry.AccumulationWindow(loss, recompute, model.parameters, torch.enable_grad, lambda: scale)
+    for number, batch in enumerate(batches):
+        window.backward(window.forward(batch) / scale)
+        assert window._parts == parts
+        if scale == 1:
+            tokens = int(batch["loss_tokens"])
+            assert window.close()[1] == tokens
+            for parameter, gradient in zip(trained, alone[number], strict=True):
+                torch.testing.assert_close(parameter.grad, gradient / tokens, rtol=1e-4, atol=1e-7)
+            model.zero_grad()
+    if scale == 2:
+        assert window.close()[1] == 55
+        for parameter, one, other in zip(trained, *alone, strict=True):
+            torch.testing.assert_close(parameter.grad, (one + other) / 2, rtol=1e-4, atol=1e-5)
+
+
+def test_a_shortage_in_a_small_micro_batch_divides_the_larger_ones(tiny_llama: LlamaForCausalLM) -> None:
+    """A window of two rows and one: when its second backward fails, all of it is run again, the first divided."""
+    model, recompute = tiny_llama.train(), Recompute(tiny_llama)
+    ids = torch.randint(0, 512, (3, 12), generator=torch.Generator().manual_seed(0))
+    rows: list[int] = []
+
+    def loss(batch: Any) -> Tensor:
+        rows.append(len(batch["input_ids"]))
+        fails = len(rows) == 2
+        result: Tensor = _Fails.apply(chunked_loss(model, batch), lambda which: which == "backward" and fails)  # type: ignore[no-untyped-call]
+        return result
+
+    recompute.set("offload")
+    window = recompute_retry.AccumulationWindow(loss, recompute, model.parameters, torch.enable_grad, lambda: 2)
+    for part in (ids[:2], ids[2:]):
+        batch = {"input_ids": part, "labels": part, "loss_tokens": torch.tensor(len(part) * 11)}
+        window.backward(window.forward(batch) / 2)
+    assert rows == [2, 1, 1, 1, 1] and window.close()[1] == 33
+
+
 def test_a_micro_batch_without_tokens_has_gradients_of_zero(tiny_llama: LlamaForCausalLM) -> None:
     model = tiny_llama.train()
     ids = torch.ones(2, 5, dtype=torch.long)
@@ -316,3 +376,4 @@ def test_parts_of_a_micro_batch() -> None:
     assert [len(part["labels"]) for part in parts] == [3, 2]
     assert [int(part["loss_tokens"]) for part in parts] == [4, 2] and int(parts[0]["tokens"]) == 9
     assert MicroBatch.of(batch).parts(1)[0] is batch
+    assert [len(part["labels"]) for part in MicroBatch.of(batch).parts(8)] == [1] * 5
