@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from qtrain.kernels.int8_linear import lacks_int8_product
 from qtrain.kernels.int8_matmul import int_mm_is_exact, tensor_core_words
@@ -18,6 +19,9 @@ try:
     from qtrain.kernels import code_rows, quantize_rows
 except ImportError:  # Triton comes with torch where there is a GPU
     code_rows = quantize_rows = None  # type: ignore[assignment]
+
+IN_CHUNKS = "head simulated where the loss takes it in chunks"
+"""Which asks for its factors (``qtrain.modules.head``), not for its forward."""
 
 
 def use_kernels(model: nn.Module, kernels: Kernels | Literal["auto"], input_gradient: InputGradient = "full") -> None:
@@ -33,13 +37,15 @@ def kernel_lines(model: nn.Module) -> list[str]:
     if not layers:
         return []
     asked = layers[0].kernels
-    lacking = [lacks_int8_product(*layer.rules()) for layer in layers]
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    lacking = [lacks_int8_product(*layer.rules()) or (IN_CHUNKS if layer is head else None) for layer in layers]
     products = "simulated products"
     if asked == "int8":
         parts = [f"int8 products in {lacking.count(None)} layers ({_products(layers[0])}"]
         parts[0] += ", gradients of inputs too)" if layers[0].byte_gradient else ")"
-        reasons = Counter(reason for reason in lacking if reason is not None)
+        reasons = Counter(reason for reason in lacking if reason not in (None, IN_CHUNKS))
         parts += [f"simulated in {count}: {reason}" for reason, count in reasons.items()]
+        parts += [IN_CHUNKS] * (IN_CHUNKS in lacking)
         products = ", ".join(parts)
     elif None in lacking:
         products += f" (method.kernels=int8 multiplies bytes in {lacking.count(None)} layers)"

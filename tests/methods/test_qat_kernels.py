@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from qtrain.kernels import int8_linear
 from qtrain.methods.qat.config import QatOptions
 from qtrain.methods.qat.method import Qat
 from qtrain.modules.convert import convert
 from qtrain.modules.kernel_choice import kernel_lines, use_kernels
 from qtrain.modules.quant_linear import QuantLinear
+from qtrain.modules.token_loss import choose_loss
 
 W4A8 = {"weight": {"format": "int4", "range": "learned"}, "activation": {"format": "int8"}}
 
@@ -60,12 +62,35 @@ def test_a_model_of_bytes_trains_as_the_simulated_one(tiny_llama: Any) -> None:
             {"kernels": "int8", "rules": {"*.down_proj": {"weight": {"group_size": 32}}}},
             "int8 products in 12 layers (torch's integer product), simulated in 2: weights have scales per_group",
         ),
+        (
+            {"kernels": "int8", "head": True, "rules": {"*.down_proj": {"weight": {"group_size": 32}}}},
+            "int8 products in 12 layers (torch's integer product), simulated in 2: weights have scales per_group, not "
+            "one a row, head simulated where the loss takes it in chunks; levels by plain PyTorch",
+        ),
+        ({"head": True}, "simulated products (method.kernels=int8 multiplies bytes in 14 layers)"),
+        (
+            {"kernels": "int8", "head": True, "rules": {"lm_head": {"activation": None}}},
+            "int8 products in 14 layers (torch's integer product), simulated in 1: inputs are not quantized; levels by",
+        ),
         ({"kernels": "int8", "rules": {"*.k_proj": {"activation": None}}}, "simulated in 2: inputs are not quantized"),
     ],
 )
 def test_the_path_is_said(keys: dict[str, Any], words: str, tiny_llama: Any) -> None:
     (line,) = [line for line in prepared(tiny_llama, **keys).lines(tiny_llama) if line.startswith("kernels")]
     assert words in line and line.endswith("one-pass kernels need a GPU") == (keys.get("kernels") != "plain")
+
+
+def test_layers_that_are_said_to_multiply_bytes_do(tiny_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a step of the training: the head of 512 rows is quantized, and no product of bytes has it."""
+    method, rows = prepared(tiny_llama, kernels="int8", head=True), []
+    product = int8_linear.int8_matmul
+    monkeypatch.setattr(int8_linear, "int8_matmul", lambda *given: rows.append(len(given[1])) or product(*given))
+    loss, words = choose_loss(tiny_llama)
+    rows.clear()
+    ids = torch.arange(24).view(2, 12)
+    loss({"input_ids": ids, "labels": ids, "loss_tokens": torch.tensor(22)}).backward()
+    assert words == "head and cross-entropy in chunks" and isinstance(tiny_llama.lm_head, QuantLinear)
+    assert f"kernels     int8 products in {len(rows)} layers" in "\n".join(method.lines(tiny_llama))
 
 
 def test_nothing_is_said_of_a_model_without_such_layers() -> None:
