@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from qtrain.kernels import int8_linear
+from qtrain.kernels import int8_linear, shared_input
 from qtrain.methods.qat.config import QatOptions
 from qtrain.methods.qat.method import Qat
+from qtrain.modules import token_loss
 from qtrain.modules.convert import convert
 from qtrain.modules.kernel_choice import kernel_lines, use_kernels
 from qtrain.modules.quant_linear import QuantLinear
@@ -133,3 +134,22 @@ def test_a_decoder_layer_of_bytes_compiles_without_a_break(gradient: str, tiny_l
         block.zero_grad()
     assert len(results[0]) == len(results[1]) and torch.equal(results[0][0], results[1][0])
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*results, strict=True))
+
+
+def test_nothing_of_an_input_is_held_where_logits_are_made(tiny_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor in a validation, whose passes have no backward."""
+    prepared(tiny_llama)
+    loss, _ = choose_loss(tiny_llama)
+    held: list[int] = []
+    product = token_loss.linear_cross_entropy
+
+    def look(*given: Any, **named: Any) -> Tensor:
+        held.append(sum(latest._made is not None for latest in shared_input._ALL))
+        return product(*given, **named)
+
+    monkeypatch.setattr(token_loss, "linear_cross_entropy", look)
+    ids = torch.arange(24).view(2, 12)
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            loss({"input_ids": ids, "labels": ids, "loss_tokens": torch.tensor(22)})
+    assert held == [0, 0]
