@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from qtrain.errors import ModelError
+from qtrain.kernels.shared_input import forget_inputs
+from qtrain.modules.shared_outputs import forget_outputs
 from qtrain.modules.token_loss import KEPT, Loss
 from qtrain.training.recompute import Recompute
 
@@ -192,6 +194,8 @@ class AccumulationWindow:
                     fix="a smaller data.max_length",
                 )
             self._parts = min(2 * self._parts, rows)
+        forget_inputs()
+        forget_outputs()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

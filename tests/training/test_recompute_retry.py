@@ -13,11 +13,15 @@ import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qtrain.config.compose import load_recipe
 from qtrain.data.datamodule import LanguageData
 from qtrain.errors import ModelError
+from qtrain.modules.config import QuantizerSection, WeightSection
+from qtrain.modules.quant_linear import QuantLinear
+from qtrain.modules.shared_outputs import SharedOutputs
 from qtrain.modules.token_loss import chunked_loss
 from qtrain.training import recompute_retry
 from qtrain.training.module import LanguageModule
@@ -203,6 +207,32 @@ def test_the_failed_pass_is_let_go_before_the_next(tiny_llama_dir: Path, tmp_pat
     assert [one() is not None for one in kept] == [True]
     window.backward(scaled)
     assert alive == [0, 0] and window.close()[1] == 4
+
+
+def test_what_a_failed_forward_left_for_other_layers_is_let_go(tiny_llama: LlamaForCausalLM) -> None:
+    """Outputs of a block that nobody took, and the levels of the last input: both hold the graph up to them."""
+    block, model = SharedOutputs(), tiny_llama.train()
+    layer = QuantLinear.from_linear(nn.Linear(9, 9), WeightSection(), QuantizerSection(format="int8"))
+    memory: list[StorageWeakRef] = []
+    alive: list[int] = []
+
+    def loss(batch: Any) -> Tensor:
+        alive.append(sum(not one.expired() for one in memory))
+        hidden = torch.ones(4, 9, requires_grad=True).exp()
+        pair = hidden.sin(), hidden.cos()
+        taken = block.take(0, hidden, lambda x: pair)
+        assert taken is not None
+        y = layer(taken)
+        memory.extend(StorageWeakRef(one.untyped_storage()) for one in (hidden, *pair))
+        if len(alive) == 1:
+            raise torch.OutOfMemoryError("no more (made up)")
+        return y.sum()
+
+    window = recompute_retry.AccumulationWindow(loss, Recompute(model), list, torch.enable_grad, lambda: 1)
+    labels = torch.ones(2, 3, dtype=torch.long)
+    batch = {"input_ids": labels, "labels": labels, "loss_tokens": torch.tensor(4)}
+    window.backward(window.forward(batch) / 1)
+    assert alive == [0, 0]
 
 
 @pytest.mark.parametrize(
