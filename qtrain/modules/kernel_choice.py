@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Literal
 
 import torch
 from torch import nn
@@ -12,7 +11,7 @@ from transformers import PreTrainedModel
 
 from qtrain.kernels.int8_linear import lacks_int8_product
 from qtrain.kernels.int8_matmul import int_mm_is_exact, tensor_core_words
-from qtrain.modules.kernel_keys import AUTO, InputGradient, Kernels
+from qtrain.modules.kernel_keys import InputGradient, Kernels
 from qtrain.modules.quant_linear import QuantLinear
 
 try:
@@ -24,10 +23,10 @@ IN_CHUNKS = "head simulated where the loss takes it in chunks"
 """Which asks for its factors (``qtrain.modules.head``), not for its forward."""
 
 
-def use_kernels(model: nn.Module, kernels: Kernels | Literal["auto"], input_gradient: InputGradient = "full") -> None:
+def use_kernels(model: nn.Module, kernels: Kernels, input_gradient: InputGradient = "full") -> None:
     """Let every ``QuantLinear`` multiply this way from now on."""
     for layer in _layers(model):
-        layer.kernels = AUTO if kernels == "auto" else kernels
+        layer.kernels = kernels
         layer.byte_gradient = input_gradient == "int8"
 
 

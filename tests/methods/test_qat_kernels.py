@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from qtrain.errors import ConfigError
 from qtrain.kernels import int8_linear, shared_input
 from qtrain.methods.qat.config import QatOptions
 from qtrain.methods.qat.method import Qat
@@ -98,9 +100,25 @@ def test_nothing_is_said_of_a_model_without_such_layers() -> None:
     assert kernel_lines(torch.nn.Linear(2, 2)) == []
 
 
-def test_bytes_backward_need_bytes_forward() -> None:
+@pytest.mark.parametrize("kernels", ["plain", "triton"])
+def test_bytes_backward_need_bytes_forward(kernels: str) -> None:
     with pytest.raises(ValueError, match="kernels: int8"):
-        QatOptions.model_validate({"name": "qat", **W4A8, "input_gradient": "int8"})
+        QatOptions.model_validate({"name": "qat", **W4A8, "kernels": kernels, "input_gradient": "int8"})
+
+
+def test_whether_auto_is_of_bytes_is_seen_on_the_device(tiny_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {"name": "qat", **W4A8, "input_gradient": "int8"}
+    method = Qat(QatOptions.model_validate(asked))
+    keys: Any = {"compute_dtype": torch.float32}
+    with pytest.raises(ConfigError, match=r"^method\.input_gradient=int8: .*auto is triton.*cpu") as caught:
+        method.prepare(copy.deepcopy(tiny_llama), device=torch.device("cpu"), **keys)
+    assert caught.value.rule and "method.kernels=int8" in str(caught.value.fix)
+    # What was trained on a GPU is exported without one.
+    method.prepare(copy.deepcopy(tiny_llama), device=torch.device("cpu"), restoring=True, **keys)
+    monkeypatch.setattr(type(tiny_llama), "to", lambda self, **_: self)  # "a GPU" is a word here
+    method.prepare(tiny_llama, device=torch.device("cuda"), **keys)
+    layers = [layer for layer in tiny_llama.modules() if isinstance(layer, QuantLinear)]
+    assert layers and all(layer.kernels == "int8" and layer.byte_gradient for layer in layers)
 
 
 def test_what_is_converted_keeps_no_choice(tiny_llama: Any) -> None:
