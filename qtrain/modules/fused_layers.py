@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from qtrain.kernels.gated import Activation
 from qtrain.kernels.lora_part import FrozenWeight
 from qtrain.kernels.lora_product import Compute, LoraLinear, lora_mlp, lora_products
+from qtrain.modules.block_call import block_input
 from qtrain.modules.shared_outputs import SharedOutputs
 
 Forward = Callable[..., Any]
@@ -114,11 +115,10 @@ class _Turn:
     block: SharedInput
     index: int
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        y = None
-        if not args and not kwargs and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            y = self.block.output(self.index, x)
-        return self.block.members[self.index].forward(x, *args, **kwargs) if y is None else y
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        x = block_input(args, kwargs)
+        y = None if x is None else self.block.output(self.index, x)
+        return self.block.members[self.index].forward(*args, **kwargs) if y is None else y
 
 
 @dataclass
@@ -141,12 +141,10 @@ class GatedMlp:
         """Take the place of the module's forward."""
         object.__setattr__(self.mlp, "forward", self)
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        y = None
-        if not args and not kwargs and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            found = self.outputs(x)
-            y = None if found is None else found[0]
-        return self.forward(x, *args, **kwargs) if y is None else y
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        x = block_input(args, kwargs)
+        ys = None if x is None else self.outputs(x)
+        return self.forward(*args, **kwargs) if ys is None else ys[0]
 
     def alone(self, x: Tensor) -> tuple[Tensor]:
         """By the module's own forward."""
