@@ -113,10 +113,19 @@ class AccumulationWindow:
         return self._alone and self._scale() == 1
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Summed loss of a micro-batch, or of its first part; the rest follows in ``backward``."""
+        """Summed loss of a micro-batch, or of its first part; the rest follows in ``backward``.
+
+        Raises:
+            ModelError: memory does not suffice, and no way is left; late in the training it is torch's error.
+        """
         self._tokens = batch["loss_tokens"]
         if not self._left and self._parts == 1:
-            return self._summed(batch)
+            try:
+                return self._summed(batch)
+            except torch.OutOfMemoryError as error:
+                if self._alone:
+                    raise
+                raise self._among_others(error) from error
         micro = MicroBatch.of(batch)
         self._kept = [*self._kept, micro] if self._left else [micro]
         while True:
@@ -130,7 +139,11 @@ class AccumulationWindow:
             micro.rewind()
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients of what ``forward`` gave, and of the parts that are left."""
+        """Gradients of what ``forward`` gave, and of the parts that are left.
+
+        Raises:
+            ModelError: as in ``forward``.
+        """
         assert self._tokens is not None
         try:
             loss.backward(self._weight(loss, self._tokens))
@@ -138,6 +151,8 @@ class AccumulationWindow:
                 self._run(self._kept[-1].parts(self._parts)[1:], self._tokens)
             return
         except torch.OutOfMemoryError as error:
+            if not self._alone:
+                raise self._among_others(error) from error
             if not self._left:
                 raise
             what = str(error)
@@ -189,7 +204,7 @@ class AccumulationWindow:
         if not self._recompute.lower(OUT_OF_MEMORY):
             if self._parts >= rows:
                 raise ModelError(
-                    f"out of memory with recompute {before}: {' '.join(what.split())[:200]}",
+                    _short(before, what),
                     rule="recomputation is at its lowest level, and a micro-batch of one row cannot be divided",
                     fix="a smaller data.max_length",
                 )
@@ -201,5 +216,18 @@ class AccumulationWindow:
             torch.cuda.empty_cache()
         log.warning(f"out of memory with recompute {before}: going on with {self._now()}")
 
+    def _among_others(self, error: torch.OutOfMemoryError) -> ModelError:
+        rows = "a smaller data.batch_size, with more of trainer.accumulate_grad_batches for the same global batch"
+        lower = {"none": "full", "selective": "full", "full": "offload"}.get(self._recompute.level)
+        return ModelError(
+            _short(self._now(), str(error)),
+            rule="one process of several cannot run again: the others wait for its gradients",
+            fix=f"run.recompute={lower}, or {rows}" if lower else rows,
+        )
+
     def _now(self) -> str:
         return self._recompute.name + (f", micro-batches in {self._parts} parts" if self._parts > 1 else "")
+
+
+def _short(now: str, what: str) -> str:
+    return f"out of memory with recompute {now}: {' '.join(what.split())[:200]}"

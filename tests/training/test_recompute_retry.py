@@ -173,6 +173,37 @@ def test_late_shortages_are_raised(tiny_llama_dir: Path, tmp_path: Path, monkeyp
             train(tiny_llama_dir, tmp_path / which, {(which, 3)})
 
 
+@pytest.mark.parametrize("which", ["forward", "backward"])
+@pytest.mark.parametrize(
+    ("level", "way_out"),
+    [
+        ("none", "run.recompute=full, or a smaller data.batch_size"),
+        ("selective", "run.recompute=full, or a smaller data.batch_size"),
+        ("full", "run.recompute=offload, or a smaller data.batch_size"),
+        ("offload", "a smaller data.batch_size"),
+    ],
+)
+def test_one_process_of_several_says_the_way_out(
+    level: str, way_out: str, which: str, tiny_llama: LlamaForCausalLM
+) -> None:
+    recompute = Recompute(tiny_llama)
+    recompute.set(level)
+
+    def loss(batch: Any) -> Tensor:
+        y = torch.ones(3, requires_grad=True).exp().sum()
+        result: Tensor = _Fails.apply(y, lambda when: when == which)  # type: ignore[no-untyped-call]
+        return result
+
+    window = recompute_retry.AccumulationWindow(loss, recompute, list, torch.enable_grad, lambda: 1, alone=False)
+    labels = torch.ones(2, 3, dtype=torch.long)
+    batch = {"input_ids": labels, "labels": labels, "loss_tokens": torch.tensor(4)}
+    with pytest.raises(ModelError, match=r"no more \(made up\)") as caught:
+        window.backward(window.forward(batch) / 1)
+    assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+    assert f"recompute {level}" in caught.value.what and str(caught.value.fix).startswith(way_out)
+    assert recompute.level == level  # the others would not go down with it
+
+
 class Held:
     """What a graph keeps in place of a tensor."""
 
