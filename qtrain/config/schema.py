@@ -68,9 +68,9 @@ class LanguageRunSection(RunSection):
     """The same, and what language models alone have."""
 
     recompute: Literal["auto", "none", "selective", "full", "offload"] = Field(
-        "none",
+        "auto",
         description="layers that drop activations and run again: none, half, all, all with inputs on the host; auto: "
-        "the fewest that fit",
+        "the fewest that fit, by a measurement of one layer on a GPU; none where nothing is measured",
     )
     cuda_graphs: bool = Field(
         False,

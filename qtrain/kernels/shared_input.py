@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
+from torch.autograd import Variable
 
 T = TypeVar("T")
+_ALL: WeakSet[Latest[Any]] = WeakSet()
 
 
 class Latest(Generic[T]):
@@ -21,6 +24,7 @@ class Latest(Generic[T]):
     def __init__(self) -> None:
         self._source: tuple[Tensor, int, str] | None = None
         self._made: T | None = None
+        _ALL.add(self)
 
     def of(self, x: Tensor, name: str, make: Callable[[Tensor], T]) -> T:
         """``make(x)``, or what it gave for this content of x under this name.
@@ -72,6 +76,22 @@ def cast_for_product(x: Tensor) -> Tensor:
 
 
 def forget_casts() -> None:
-    """Called by every backward: a cast holds a graph."""
+    """Called by every backward: a cast holds a graph. What else was made of inputs is shared until all of it is over.
+
+    While a CUDA graph is captured nothing is held that could be let go, and a replay calls nothing.
+    """
+    if torch.compiler.is_compiling():
+        return
+    _CASTS.clear()
+    if not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
+        Variable._execution_engine.queue_callback(forget_inputs)
+
+
+def forget_inputs() -> None:
+    """Hold no input, nor what was made of it: up to hundreds of MB that the head or the optimizer could have.
+
+    A pass that failed leaves its graph here too.
+    """
     if not torch.compiler.is_compiling():
-        _CASTS.clear()
+        for latest in _ALL:
+            latest.clear()

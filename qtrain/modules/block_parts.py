@@ -78,8 +78,3 @@ def exchanged(parent: nn.Module, names: Sequence[str], layers: Sequence[nn.Modul
     """Whether other modules stand there by now, or the same of another class, as after ``convert``."""
     there = (parent._modules.get(name) for name in names)
     return any(one is not own or not isinstance(own, kind) for one, own in zip(there, layers, strict=True))
-
-
-def in_training() -> bool:
-    """Whether a block is for this call: gradients are asked for, and no compiler looks on."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()

@@ -24,6 +24,7 @@ from qtrain.modules.frozen_linear import frozen_kind
 from qtrain.modules.frozen_weight import FourBit, Workspace, frozen_weight
 from qtrain.modules.fused_layers import GatedMlp, Member, SharedInput
 from qtrain.modules.shared_inputs import PROBE_TOKENS, by_parent, inputs_of
+from qtrain.modules.told_once import ToldOnce
 
 
 def fuse_blocks(
@@ -52,7 +53,7 @@ def fuse_blocks(
             inputs = inputs_of(model, LoraLayer, context)
         except (AttributeError, TypeError, ValueError, NotImplementedError) as error:
             return f"as PEFT has them: no forward pass of {PROBE_TOKENS} tokens ({' '.join(str(error).split())[:80]})"
-        fused = _Fused(BlockProof(context), dequantize)
+        fused = _Fused(BlockProof(context), dequantize, {module: name for name, module in model.named_modules()})
         for parent, groups in by_parent(model, LoraLayer, inputs, fused.refused).items():
             fused.take(parent, groups)
     words = fused.words(device, by)
@@ -62,13 +63,14 @@ def fuse_blocks(
 class _Fused:
     """What was fused so far, and what not."""
 
-    def __init__(self, proof: BlockProof, dequantize: Dequantize) -> None:
+    def __init__(self, proof: BlockProof, dequantize: Dequantize, paths: Mapping[nn.Module, str]) -> None:
         self.refused: Counter[str] = Counter()
         self._proof, self._dequantize, self._workspace = proof, dequantize, Workspace()
         self._blocks: Counter[str] = Counter()
         self._bases: Counter[str] = Counter()
         self._notes: dict[str, None] = {}
         self._groups: list[list[Member]] = []
+        self._paths, self._told = paths, ToldOnce()
 
     def take(self, parent: nn.Module, groups: Sequence[Mapping[str, Tensor]]) -> None:
         """Blocks in place of the layers of one module, each group by name with the tensor that all of it is given."""
@@ -77,7 +79,7 @@ class _Fused:
             members = [member for name in group if (member := self._member(parent, name)) is not None]
             if not members:
                 continue
-            block, x = SharedInput(members), next(iter(group.values()))
+            block, x = SharedInput(members, self._told), next(iter(group.values()))
             why = self._proof.why_not(tuple(map(_kind, members)), block.alone, block.outputs, members, x)
             if why is None:
                 blocks.append((block, x))
@@ -142,7 +144,7 @@ class _Fused:
         if isinstance(frozen, str):
             self.refused[frozen] += 1
             return None
-        return Member(name, parent, layer, layer.active_adapters[0], frozen, layer.forward)
+        return Member(name, self._paths[layer], parent, layer, layer.active_adapters[0], frozen, layer.forward)
 
     def _adapters(self, members: Sequence[Member]) -> str | None:
         """How those of a shared input are added, where a kernel could write them beside 4-bit weights; else None."""
@@ -167,7 +169,7 @@ class _Fused:
         refused: list[str] = []
         for gate, up in permutations(pair.members):
             members = (gate, up, last.members[0])
-            mlp = GatedMlp(parent, members, act, _activation(act), parent.forward)
+            mlp = GatedMlp(parent, members, act, _activation(act), parent.forward, self._told)
             kind = (type(parent), type(act), gate.name, tuple(map(_kind, members)))
             why = self._proof.why_not(kind, mlp.alone, mlp.outputs, members, x)
             if why is None:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qtrain.kernels.int8_blocks import ByteLinear, int8_mlp, int8_products
-from qtrain.modules.block_parts import WATCHED, exchanged, gated_names, in_training, why_not_equal
+from qtrain.modules.block_call import block_input
+from qtrain.modules.block_parts import WATCHED, exchanged, gated_names, why_not_equal
 from qtrain.modules.eval_mode import eval_mode
 from qtrain.modules.fused_layers import watched
 from qtrain.modules.kernel_keys import PRODUCTS
@@ -101,10 +102,11 @@ class _Turn:
     block: SharedBytes
     index: int
 
-    def __call__(self, x: Tensor) -> Tensor:
-        y = self.block.output(self.index, x) if in_training() else None
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        x = block_input(args, kwargs)
+        y = None if x is None else self.block.output(self.index, x)
         layer = self.block.layers[self.index]
-        return type(layer).forward(layer, x) if y is None else y  # after ``convert`` it is a plain one
+        return type(layer).forward(layer, *args, **kwargs) if y is None else y  # after ``convert`` it is a plain one
 
 
 @dataclass
@@ -131,9 +133,10 @@ class GatedBytes:
         """Take the place of the module's forward."""
         object.__setattr__(self.mlp, "forward", self)
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        ys = self.outputs(x) if not args and not kwargs and in_training() else None
-        return self.forward(x, *args, **kwargs) if ys is None else ys[0]
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        x = block_input(args, kwargs)
+        ys = None if x is None else self.outputs(x)
+        return self.forward(*args, **kwargs) if ys is None else ys[0]
 
     def alone(self, x: Tensor) -> tuple[Tensor, ...]:
         """By the module's own forward."""

@@ -1,7 +1,7 @@
 """PEFT's LoRA linears with another forward in training: those that share an input together, a gated MLP as a whole.
 
 Names, parameters and what PEFT does with them stay. Without gradients, with other adapters than those found at the
-start, merged, or watched by a hook inside, a layer runs as PEFT has it.
+start, merged, or watched by a hook inside, a layer runs as PEFT has it; in training that is said.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from qtrain.kernels.gated import Activation
 from qtrain.kernels.lora_part import FrozenWeight
 from qtrain.kernels.lora_product import Compute, LoraLinear, lora_mlp, lora_products
+from qtrain.modules.block_call import block_input
 from qtrain.modules.shared_outputs import SharedOutputs
+from qtrain.modules.told_once import ToldOnce
 
 Forward = Callable[..., Any]
 
@@ -29,10 +31,12 @@ class Member:
 
     Attributes:
         name: in its parent.
+        path: in the model.
         forward: PEFT's, by which it runs where the block does not.
     """
 
     name: str
+    path: str
     parent: nn.Module
     layer: LoraLayer
     adapter: str
@@ -40,19 +44,19 @@ class Member:
     forward: Forward
     follows_input: bool = True  # else its outputs have the dtype of its products
 
-    def ready(self, dtype: torch.dtype) -> bool:
-        """Whether it is as it was when the block was made, and products are in ``dtype``."""
+    def why_not(self, dtype: torch.dtype) -> str | None:
+        """In words what is not as it was when the block was made, or that products are in another dtype; or None."""
         layer = self.layer
         base = layer.get_base_layer()
         if isinstance(base, bnb.nn.Linear4bit) and base.compute_dtype != dtype:
-            return False
-        return (
-            not layer.merged
-            and not layer.disable_adapters
-            and list(layer.active_adapters) == [self.adapter]
-            and getattr(self.parent, self.name, None) is layer
-            and not any(map(watched, (base, *self._parts())))
-        )
+            return f"products in {dtype}, and the base's are in {base.compute_dtype}"
+        if layer.merged or layer.disable_adapters:
+            return "its adapter is merged" if layer.merged else "its adapter is disabled"
+        if list(layer.active_adapters) != [self.adapter]:
+            return f"adapters {', '.join(layer.active_adapters)} in place of {self.adapter}"
+        if getattr(self.parent, self.name, None) is not layer:
+            return "another module stands there"
+        return "a hook watches inside" if any(map(watched, (base, *self._parts()))) else None
 
     def linear(self) -> LoraLinear:
         """The adapter as it is by now."""
@@ -86,6 +90,7 @@ class SharedInput:
     """Linears of one module that are given the same tensor: the first of them that is called computes for all."""
 
     members: list[Member]
+    told: ToldOnce = field(default_factory=ToldOnce, repr=False)
     _shared: SharedOutputs = field(default_factory=SharedOutputs, repr=False)
 
     def install(self) -> None:
@@ -95,7 +100,11 @@ class SharedInput:
 
     def output(self, index: int, x: Tensor) -> Tensor | None:
         """Of one of the linears; None where the block does not run."""
-        return self._shared.take(index, x, self.outputs)
+        y = self._shared.take(index, x, self.outputs)
+        member = self.members[index]
+        if y is None and member.parent.training:
+            self.told(f"{member.path} runs as PEFT has it", _compute(x, self.members))
+        return y
 
     def alone(self, x: Tensor) -> tuple[Tensor, ...]:
         """Of each by PEFT's forward."""
@@ -104,7 +113,7 @@ class SharedInput:
     def outputs(self, x: Tensor) -> tuple[Tensor, ...] | None:
         """Of all by the block; None where it does not run."""
         compute = _compute(x, self.members)
-        if compute is None:
+        if isinstance(compute, str):
             return None
         return lora_products(x, [member.linear() for member in self.members], compute)
 
@@ -114,11 +123,10 @@ class _Turn:
     block: SharedInput
     index: int
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        y = None
-        if not args and not kwargs and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            y = self.block.output(self.index, x)
-        return self.block.members[self.index].forward(x, *args, **kwargs) if y is None else y
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        x = block_input(args, kwargs)
+        y = None if x is None else self.block.output(self.index, x)
+        return self.block.members[self.index].forward(*args, **kwargs) if y is None else y
 
 
 @dataclass
@@ -136,17 +144,18 @@ class GatedMlp:
     act: nn.Module | None
     activation: Activation
     forward: Forward
+    told: ToldOnce = field(default_factory=ToldOnce, repr=False)
 
     def install(self) -> None:
         """Take the place of the module's forward."""
         object.__setattr__(self.mlp, "forward", self)
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        y = None
-        if not args and not kwargs and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            found = self.outputs(x)
-            y = None if found is None else found[0]
-        return self.forward(x, *args, **kwargs) if y is None else y
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        x = block_input(args, kwargs)
+        ys = None if x is None else self.outputs(x)
+        if x is not None and ys is None and self.mlp.training:
+            self.told(f"{self.members[0].path.rpartition('.')[0]} runs in parts", self._compute(x))
+        return self.forward(*args, **kwargs) if ys is None else ys[0]
 
     def alone(self, x: Tensor) -> tuple[Tensor]:
         """By the module's own forward."""
@@ -154,21 +163,28 @@ class GatedMlp:
 
     def outputs(self, x: Tensor) -> tuple[Tensor] | None:
         """By the block; None where it does not run."""
-        if watched(self.act) or any(watched(member.layer) for member in self.members):
-            return None
-        compute = _compute(x, self.members)
-        if compute is None:
+        compute = self._compute(x)
+        if isinstance(compute, str):
             return None
         gate, up, down = (member.linear() for member in self.members)
         return (lora_mlp(x, (gate, up, down), self.activation, compute),)
 
+    def _compute(self, x: Tensor) -> Compute | str:
+        if watched(self.act) or any(watched(member.layer) for member in self.members):
+            return "a hook watches"
+        return _compute(x, self.members)
 
-def _compute(x: Tensor, members: Sequence[Member]) -> Compute | None:
+
+def _compute(x: Tensor, members: Sequence[Member]) -> Compute | str:
+    """How a block computes, or in words why it does not."""
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     dropouts = {member.dropout for member in members}
-    if len(dropouts) > 1 or not all(member.ready(dtype) for member in members):
-        return None
+    if len(dropouts) > 1:
+        return "layers of one block drop different shares"
+    for member in members:
+        if why := member.why_not(dtype):
+            return why
     return Compute(dtype, x.dtype if members[-1].follows_input else dtype, dropouts.pop())
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qtrain.kernels.packed_gated import packed_gated_linear
-from qtrain.modules.block_parts import Context, exchanged, gated_names, in_training, why_not_equal
+from qtrain.modules.block_call import block_input
+from qtrain.modules.block_parts import Context, exchanged, gated_names, why_not_equal
 from qtrain.modules.eval_mode import eval_mode
 from qtrain.modules.fused_layers import watched
 from qtrain.modules.packed_linear import PackedLinear
@@ -68,9 +69,10 @@ class GatedPacked:
     layers: list[PackedLinear]
     forward: Callable[..., Any]
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        ys = self.outputs(x) if not args and not kwargs and in_training() else None
-        return self.forward(x, *args, **kwargs) if ys is None else ys[0]
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        x = block_input(args, kwargs)
+        ys = None if x is None else self.outputs(x)
+        return self.forward(*args, **kwargs) if ys is None else ys[0]
 
     def alone(self, x: Tensor) -> tuple[Tensor, ...]:
         """By the module's own forward."""

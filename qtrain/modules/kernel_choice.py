@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from qtrain.kernels.fp8_product import fp8_words, has_fp8
 from qtrain.kernels.int8_matmul import int_mm_is_exact, tensor_core_words
@@ -22,6 +23,9 @@ except ImportError:  # Triton comes with torch where there is a GPU
 
 NO_UNITS = "no fp8 units here"
 
+IN_CHUNKS = "head simulated where the loss takes it in chunks"
+"""Which asks for its factors (``qtrain.modules.head``), not for its forward."""
+
 
 def use_kernels(model: nn.Module, kernels: Kernels | Literal["auto"], input_gradient: InputGradient = "full") -> None:
     """Let every ``QuantLinear`` multiply this way from now on; ``auto``: each by its specs and where it lies."""
@@ -35,19 +39,23 @@ def kernel_lines(model: nn.Module) -> list[str]:
     layers = list(_layers(model))
     if not layers:
         return []
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     reasons: Counter[str] = Counter()
     parts = []
     for kind in PRODUCTS:
         asked = [layer for layer in layers if layer.kernels == kind]
-        lacking = [reason for layer in asked if (reason := layer.lacks_product(kind)) is not None]
-        reasons.update(lacking)
-        if asked and (len(lacking) < len(asked) or len(asked) == len(layers)):
-            parts.append(f"{kind} products in {len(asked) - len(lacking)} layers ({_by(kind, asked[0])})")
+        lacking = [layer.lacks_product(kind) or (IN_CHUNKS if layer is head else None) for layer in asked]
+        reasons.update(reason for reason in lacking if reason is not None)
+        count = lacking.count(None)
+        if count or len(asked) == len(layers):
+            parts.append(f"{kind} products in {count} layers ({_by(kind, asked[0])})")
+    chunked = reasons.pop(IN_CHUNKS, 0)
     if parts or reasons:
         if rest := sum(layer.kernels not in PRODUCTS for layer in layers):
             reasons[NO_UNITS] += rest
         parts += [f"simulated in {count}: {reason}" for reason, count in reasons.items()]
-    products = ", ".join(parts) or "simulated products" + _possible(layers)
+        parts += [IN_CHUNKS] * bool(chunked)
+    products = ", ".join(parts) or "simulated products" + _possible([layer for layer in layers if layer is not head])
     return [f"kernels     {products}; levels {_levels(model, layers)}"]
 
 

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from weakref import WeakSet
 
 from torch import Tensor
 
+_ALL: WeakSet[SharedOutputs] = WeakSet()
 
-@dataclass
+
+@dataclass(eq=False)
 class SharedOutputs:
     """Outputs of layers that are given the same tensor: computed when the first is called, gone with the last."""
 
     _input: Tensor | None = field(default=None, repr=False)
     _version: int = 0
     _outputs: dict[int, Tensor] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        _ALL.add(self)
 
     def take(self, index: int, x: Tensor, compute: Callable[[Tensor], Sequence[Tensor] | None]) -> Tensor | None:
         """That of one of the layers for this content of ``x``; None where ``compute`` gives none."""
@@ -27,3 +33,13 @@ class SharedOutputs:
         if not self._outputs:
             self._input = None
         return y
+
+    def clear(self) -> None:
+        """Hold nothing."""
+        self._input, self._outputs = None, {}
+
+
+def forget_outputs() -> None:
+    """Of all blocks: a pass that failed asks for no more, and what is left holds its graph."""
+    for shared in _ALL:
+        shared.clear()

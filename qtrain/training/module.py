@@ -51,7 +51,7 @@ from qtrain.training.rate_factors import with_factors
 from qtrain.training.recompute import Recompute
 from qtrain.training.recompute_budget import settle
 from qtrain.training.recompute_retry import AccumulationWindow
-from qtrain.training.sharding import as_forward, local, shard
+from qtrain.training.sharding import ShardedStrategy, as_forward, local, shard
 from qtrain.training.teacher_cache import cached_logits, training_rows
 
 
@@ -205,7 +205,9 @@ class LanguageModule(L.LightningModule):
                 check_isolation(plain, int(plain.config.vocab_size))
             if config.model.attention == "auto" and (shape := shape_of(plain, config)) is not None:
                 self.attention.measure(shape, compute, device)
-            self.recompute = settle(plain, config, device, self.loss_path)
+            longest = None if data is None or config.data.streaming else partial(_longest, data)
+            sharded = self._trainer is not None and isinstance(self.trainer.strategy, ShardedStrategy)
+            self.recompute = settle(plain, config, device, self.loss_path, longest=longest, sharded=sharded)
         return self.model
 
     def calibrate(self, rows: Sequence[Tensor]) -> None:
@@ -451,3 +453,7 @@ class LanguageModule(L.LightningModule):
         total = float(self.trainer.estimated_stepping_batches)
         schedule = build_schedule(optimizer, section, total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _longest(data: LanguageData) -> int:
+    return int(data.numbered_rows("train").lengths.max())

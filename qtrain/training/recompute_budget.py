@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,10 +89,22 @@ class Estimate:
         return "offload", self.layers, f"even so it may not fit: {self.offloaded / GIB:.1f} GiB of {known}"
 
 
-def settle(model: PreTrainedModel, config: Config, device: torch.device, loss_path: str) -> Recompute:
+def settle(
+    model: PreTrainedModel,
+    config: Config,
+    device: torch.device,
+    loss_path: str,
+    *,
+    longest: Callable[[], int] | None = None,
+    sharded: bool = False,
+) -> Recompute:
     """The level that ``run.recompute`` names, in force; ``auto`` by what is free on ``device``.
 
     To be called in the context of the training's forward passes, the model in training mode.
+
+    Args:
+        longest: tokens of the longest row, asked for where a layer is measured; ``data.max_length`` if not given.
+        sharded: weights will be shared out among processes, which changes what is free.
     """
     recompute = Recompute(model)
     asked = config.run.recompute
@@ -100,24 +112,44 @@ def settle(model: PreTrainedModel, config: Config, device: torch.device, loss_pa
         recompute.set(asked, reason="run.recompute" if asked != "none" else "")
         return recompute
     free = free_bytes(device)
-    if free is None or not recompute.layers:
-        what = "the memory of a CPU is not counted" if recompute.layers else "no layer that could run again"
-        recompute.set("none", reason=what)
-        return recompute
     recompute.set("none")
+    if free is None or (why := _why_none(model, recompute, config, sharded)):
+        recompute.reason = "the memory of a CPU is not counted" if free is None else str(why)
+        return recompute
     try:
-        level, count, reason = estimate(model, recompute, config, device, loss_path).choose(free)
+        length = config.data.max_length if longest is None else longest()
+        level, count, reason = estimate(model, recompute, config, device, loss_path, length).choose(free)
     except torch.OutOfMemoryError:
         level, count, reason = "offload", len(recompute.layers), f"one layer alone exceeds {free / GIB:.1f} GiB free"
+    except Exception as error:  # a model's own code, run in a way of ours: it must stop no run that nobody asked it of
+        what = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
+        level, count, reason = "none", 0, f"no layer could be measured ({what})"
     recompute.set(level, count, reason)
     return recompute
 
 
+def _why_none(model: nn.Module, recompute: Recompute, config: Config, sharded: bool) -> str | None:
+    """What there is to say where ``auto`` measures nothing, on a GPU."""
+    if not recompute.layers:
+        return "no layer that could run again"
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        return "nothing trains"
+    if config.run.cuda_graphs:
+        return "a CUDA graph repeats what was saved"
+    # The whole model lies on each GPU now, and a share of it when it trains.
+    return "no share of weights is measured; run.recompute=full where it does not fit" if sharded else None
+
+
 def estimate(
-    model: PreTrainedModel, recompute: Recompute, config: Config, device: torch.device, loss_path: str
+    model: PreTrainedModel,
+    recompute: Recompute,
+    config: Config,
+    device: torch.device,
+    loss_path: str,
+    length: int | None = None,
 ) -> Estimate:
-    """Of a step on micro-batches of ``data.batch_size`` rows of ``data.max_length`` tokens."""
-    rows, length = config.data.batch_size, config.data.max_length
+    """Of a step on micro-batches of ``data.batch_size`` rows of ``length`` tokens; ``data.max_length`` if not given."""
+    rows, length = config.data.batch_size, length or config.data.max_length
     batch = probe_batch(rows, length, int(model.config.vocab_size), packing=config.data.packing, device=device)
     layer = layer_bytes(model, recompute.layers[len(recompute.layers) // 2], batch)
     state = state_bytes((p for p in model.parameters() if p.requires_grad), config.optimizer)

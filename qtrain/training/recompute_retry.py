@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from qtrain.errors import ModelError
+from qtrain.kernels.shared_input import forget_inputs
+from qtrain.modules.documents import DOCUMENTS, LONGEST
+from qtrain.modules.shared_outputs import forget_outputs
 from qtrain.modules.token_loss import KEPT, Loss
 from qtrain.training.recompute import Recompute
 
@@ -52,13 +55,14 @@ class MicroBatch:
             torch.cuda.set_rng_state(gpu, self.batch["input_ids"].device)
 
     def parts(self, count: int) -> list[Mapping[str, Tensor]]:
-        """The rows in ``count`` shares, each with its own number of loss tokens."""
+        """The rows in ``count`` shares, or one each where they are fewer, each with its own number of loss tokens."""
+        count = min(count, self.rows)  # the last micro-batch of an epoch is smaller than those that set the count
         if count == 1:
             return [self.batch]
         shares: list[Mapping[str, Tensor]] = []
         for rows in torch.arange(self.rows).tensor_split(count):
             first, last = int(rows[0]), int(rows[-1]) + 1
-            whole = {k: v for k, v in self.batch.items() if k != KEPT}  # places among all rows
+            whole = {k: v for k, v in self.batch.items() if k not in (KEPT, DOCUMENTS, LONGEST)}  # of all rows
             share = {k: v[first:last] if v.ndim and len(v) == self.rows else v for k, v in whole.items()}
             share["loss_tokens"] = (share["labels"][:, 1:] != -100).sum()
             shares.append(share)
@@ -110,10 +114,19 @@ class AccumulationWindow:
         return self._alone and self._scale() == 1
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Summed loss of a micro-batch, or of its first part; the rest follows in ``backward``."""
+        """Summed loss of a micro-batch, or of its first part; the rest follows in ``backward``.
+
+        Raises:
+            ModelError: memory does not suffice, and no way is left; late in the training it is torch's error.
+        """
         self._tokens = batch["loss_tokens"]
         if not self._left and self._parts == 1:
-            return self._summed(batch)
+            try:
+                return self._summed(batch)
+            except torch.OutOfMemoryError as error:
+                if self._alone:
+                    raise
+                raise self._among_others(error) from error
         micro = MicroBatch.of(batch)
         self._kept = [*self._kept, micro] if self._left else [micro]
         while True:
@@ -127,7 +140,11 @@ class AccumulationWindow:
             micro.rewind()
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients of what ``forward`` gave, and of the parts that are left."""
+        """Gradients of what ``forward`` gave, and of the parts that are left.
+
+        Raises:
+            ModelError: as in ``forward``.
+        """
         assert self._tokens is not None
         try:
             loss.backward(self._weight(loss, self._tokens))
@@ -135,6 +152,8 @@ class AccumulationWindow:
                 self._run(self._kept[-1].parts(self._parts)[1:], self._tokens)
             return
         except torch.OutOfMemoryError as error:
+            if not self._alone:
+                raise self._among_others(error) from error
             if not self._left:
                 raise
             what = str(error)
@@ -182,19 +201,34 @@ class AccumulationWindow:
 
     def _give_way(self, what: str) -> None:
         before = self._now()
-        rows = self._kept[-1].rows
+        rows = max(micro.rows for micro in self._kept)  # any of them may be the one that did not fit
         if not self._recompute.lower(OUT_OF_MEMORY):
             if self._parts >= rows:
                 raise ModelError(
-                    f"out of memory with recompute {before}: {' '.join(what.split())[:200]}",
+                    _short(before, what),
                     rule="recomputation is at its lowest level, and a micro-batch of one row cannot be divided",
                     fix="a smaller data.max_length",
                 )
             self._parts = min(2 * self._parts, rows)
+        forget_inputs()
+        forget_outputs()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         log.warning(f"out of memory with recompute {before}: going on with {self._now()}")
 
+    def _among_others(self, error: torch.OutOfMemoryError) -> ModelError:
+        rows = "a smaller data.batch_size, with more of trainer.accumulate_grad_batches for the same global batch"
+        lower = {"none": "full", "selective": "full", "full": "offload"}.get(self._recompute.level)
+        return ModelError(
+            _short(self._now(), str(error)),
+            rule="one process of several cannot run again: the others wait for its gradients",
+            fix=f"run.recompute={lower}, or {rows}" if lower else rows,
+        )
+
     def _now(self) -> str:
         return self._recompute.name + (f", micro-batches in {self._parts} parts" if self._parts > 1 else "")
+
+
+def _short(now: str, what: str) -> str:
+    return f"out of memory with recompute {now}: {' '.join(what.split())[:200]}"

@@ -84,7 +84,10 @@ def _check_graphs(trainer: L.Trainer, config: Config, schedule: QuantizationSche
         (getattr(config.method, "lora", None) is not None and "method.lora", "run.cuda_graphs=false"),
         (schedule.moves and "quantization that moves during training", "method.start_step=0, no bits_schedule"),
         (trainer.world_size > 1 and f"{trainer.world_size} processes", "trainer.devices=1"),
-        (config.run.recompute != "none" and f"run.recompute={config.run.recompute}", "run.recompute=none"),
+        (
+            config.run.recompute not in ("none", "auto") and f"run.recompute={config.run.recompute}",
+            "run.recompute=none",
+        ),
     ):
         if fact:
             rule = "a graph repeats the kernels of the first step, in one process, with what they saved"

@@ -52,8 +52,9 @@ def best_device() -> torch.device:
 
 def trained_module(config: Config, run: RunDirectory, device: torch.device) -> LanguageModule:
     """The run's model with what was trained, as the last training step left it, in eval mode."""
-    # What answers needs no teacher.
-    untaught = config.model_copy(update={"distill": DistillSection()})
+    # What answers needs no teacher, and nothing to be measured for a backward.
+    run_section = config.run.model_copy(update={"recompute": "none"})
+    untaught = config.model_copy(update={"distill": DistillSection(), "run": run_section})
     packed = run.kept_base() if build_method(config.method).keeps_base else None
     module = LanguageModule(untaught, progress=progress_over("quantizing"), packed=packed, restoring=True)
     model = module.build(device)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from qtrain.errors import ConfigError
+from qtrain.kernels import code_product, shared_input
 from qtrain.methods.qat.config import QatOptions
 from qtrain.methods.qat.method import Qat
+from qtrain.modules import kernel_choice, token_loss
 from qtrain.modules.convert import convert
 from qtrain.modules.kernel_choice import kernel_lines, use_kernels
 from qtrain.modules.quant_linear import QuantLinear
+from qtrain.modules.token_loss import choose_loss
 
 W4A8 = {"weight": {"format": "int4", "range": "learned"}, "activation": {"format": "int8"}}
 
@@ -60,6 +65,16 @@ def test_a_model_of_bytes_trains_as_the_simulated_one(tiny_llama: Any) -> None:
             {"kernels": "int8", "rules": {"*.down_proj": {"weight": {"group_size": 32}}}},
             "int8 products in 12 layers (torch's integer product), simulated in 2: weights have scales per_group",
         ),
+        (
+            {"kernels": "int8", "head": True, "rules": {"*.down_proj": {"weight": {"group_size": 32}}}},
+            "int8 products in 12 layers (torch's integer product), simulated in 2: weights have scales per_group, not "
+            "one a row, head simulated where the loss takes it in chunks; levels by plain PyTorch",
+        ),
+        ({"head": True}, "simulated products (method.kernels=int8 multiplies bytes in 14 layers)"),
+        (
+            {"kernels": "int8", "head": True, "rules": {"lm_head": {"activation": None}}},
+            "int8 products in 14 layers (torch's integer product), simulated in 1: inputs are not quantized; levels by",
+        ),
         ({"kernels": "int8", "rules": {"*.k_proj": {"activation": None}}}, "simulated in 2: inputs are not quantized"),
     ],
 )
@@ -68,13 +83,43 @@ def test_the_path_is_said(keys: dict[str, Any], words: str, tiny_llama: Any) -> 
     assert words in line and line.endswith("one-pass kernels need a GPU") == (keys.get("kernels") != "plain")
 
 
+def test_layers_that_are_said_to_multiply_bytes_do(tiny_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a step of the training: the head of 512 rows is quantized, and no product of bytes has it."""
+    method, rows = prepared(tiny_llama, kernels="int8", head=True), []
+    product = code_product.int8_matmul
+    monkeypatch.setattr(code_product, "int8_matmul", lambda *given: rows.append(len(given[1])) or product(*given))
+    loss, words = choose_loss(tiny_llama)
+    rows.clear()
+    ids = torch.arange(24).view(2, 12)
+    loss({"input_ids": ids, "labels": ids, "loss_tokens": torch.tensor(22)}).backward()
+    assert words == "head and cross-entropy in chunks" and isinstance(tiny_llama.lm_head, QuantLinear)
+    assert f"kernels     int8 products in {len(rows)} layers" in "\n".join(method.lines(tiny_llama))
+
+
 def test_nothing_is_said_of_a_model_without_such_layers() -> None:
     assert kernel_lines(torch.nn.Linear(2, 2)) == []
 
 
-def test_bytes_backward_need_bytes_forward() -> None:
+@pytest.mark.parametrize("kernels", ["plain", "triton"])
+def test_bytes_backward_need_bytes_forward(kernels: str) -> None:
     with pytest.raises(ValueError, match="kernels: int8"):
-        QatOptions.model_validate({"name": "qat", **W4A8, "input_gradient": "int8"})
+        QatOptions.model_validate({"name": "qat", **W4A8, "kernels": kernels, "input_gradient": "int8"})
+
+
+def test_whether_auto_is_of_bytes_is_seen_on_the_device(tiny_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {"name": "qat", **W4A8, "input_gradient": "int8"}
+    method = Qat(QatOptions.model_validate(asked))
+    keys: Any = {"compute_dtype": torch.float32}
+    with pytest.raises(ConfigError, match=r"^method\.input_gradient=int8: .*auto is triton.*cpu") as caught:
+        method.prepare(copy.deepcopy(tiny_llama), device=torch.device("cpu"), **keys)
+    assert caught.value.rule and "method.kernels=int8" in str(caught.value.fix)
+    # What was trained on a GPU is exported without one.
+    method.prepare(copy.deepcopy(tiny_llama), device=torch.device("cpu"), restoring=True, **keys)
+    monkeypatch.setattr(type(tiny_llama), "to", lambda self, **_: self)  # "a GPU" is a word here
+    monkeypatch.setattr(kernel_choice, "_device", lambda layer: torch.device("cuda"))
+    method.prepare(tiny_llama, device=torch.device("cuda"), **keys)
+    layers = [layer for layer in tiny_llama.modules() if isinstance(layer, QuantLinear)]
+    assert layers and all(layer.kernels == "int8" and layer.byte_gradient for layer in layers)
 
 
 def test_what_is_converted_keeps_no_choice(tiny_llama: Any) -> None:
@@ -108,3 +153,22 @@ def test_a_decoder_layer_of_bytes_compiles_without_a_break(gradient: str, tiny_l
         block.zero_grad()
     assert len(results[0]) == len(results[1]) and torch.equal(results[0][0], results[1][0])
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*results, strict=True))
+
+
+def test_nothing_of_an_input_is_held_where_logits_are_made(tiny_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor in a validation, whose passes have no backward."""
+    prepared(tiny_llama)
+    loss, _ = choose_loss(tiny_llama)
+    held: list[int] = []
+    product = token_loss.linear_cross_entropy
+
+    def look(*given: Any, **named: Any) -> Tensor:
+        held.append(sum(latest._made is not None for latest in shared_input._ALL))
+        return product(*given, **named)
+
+    monkeypatch.setattr(token_loss, "linear_cross_entropy", look)
+    ids = torch.arange(24).view(2, 12)
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            loss({"input_ids": ids, "labels": ids, "loss_tokens": torch.tensor(22)})
+    assert held == [0, 0]

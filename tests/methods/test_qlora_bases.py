@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from qtrain.errors import ExportError, ModelError
+from qtrain.kernels import packed_linear as kernel
 from qtrain.methods.base import load_base
 from qtrain.methods.config import METHODS
 from qtrain.methods.method import build_method
+from qtrain.methods.packed import pack
 from qtrain.methods.qlora.config import QLoraOptions
 from qtrain.methods.qlora.method import QLora
 from qtrain.models.config import ModelSection
@@ -227,6 +229,38 @@ def test_lines_name_the_base(base: Base) -> None:
     method, model = base("hqq, fractional zero points")
     assert method.lines(model)[0] == "base        codes of model.path"
     assert "fractional zero points" in method.lines(model)[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "kernels", "used"),
+    [("gptq", None, True), ("hqq, fractional zero points", None, True), ("hqq int4", "auto", True)]
+    + [("hqq int4", "plain", False)],
+)
+def test_the_kernels_are_those_of_the_device(
+    name: str, kernels: str | None, used: bool, base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over codes of a checkpoint too, for which no key chooses them. The choice of a GPU is made for a CPU here."""
+    monkeypatch.setattr(kernel, "packed_tiles", SimpleNamespace(fits=lambda *_: False))
+    monkeypatch.setattr(pack, "choose_tiles", lambda asked, device: kernel.choose_tiles(asked, torch.device("cuda")))
+    if kernels is not None:
+        monkeypatch.setitem(PACKED, name, PACKED[name] | {"kernels": kernels})
+    method, model = base(name)
+    assert [layer.tiles for layer in packed_layers(model).values()] == [used] * 14
+    words = "PyTorch's own operations" + (": those in Triton need a GPU" if used else "")
+    assert f"kernels     {words}" in method.lines(model)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["gptq", "gptq asymmetric", "hqq, fractional zero points"])
+def test_weights_of_a_checkpoint_are_unpacked_by_kernels_on_a_gpu(name: str, base: Base) -> None:
+    method, model = base(name)
+    kept = {key: layer.dense_weight() for key, layer in packed_layers(model).items()}
+    inner = method.plain_model(model)
+    pack.use_tiles(inner, "auto", torch.device("cuda"))
+    inner.to("cuda")
+    assert "kernels     Triton: dequantization, sums of scales' gradients" in method.lines(model)
+    for key, layer in packed_layers(model).items():
+        assert layer.tiles and torch.equal(layer.dense_weight().cpu(), kept[key])
 
 
 def test_lines_of_codebooks(base: Base) -> None:

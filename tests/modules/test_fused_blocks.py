@@ -347,6 +347,73 @@ def test_merged_disabled_unloaded_and_watched_layers_fall_back(decoder: Decoder)
     assert torch.allclose(model.unload()(input_ids=IDS).logits, base, atol=1e-5)
 
 
+def hook(layer: Any) -> None:
+    layer.register_forward_hook(lambda *_: None)
+
+
+def other_dropout(layer: Any) -> None:
+    layer.lora_dropout["default"] = nn.Dropout(0.5)
+
+
+CHANGES: list[tuple[str, Callable[[Any], None], list[str]]] = [
+    ("mlp.down_proj", hook, ["model.layers.{}.mlp runs in parts: a hook watches"]),
+    (
+        "self_attn.k_proj.lora_A.default",
+        hook,
+        ["model.layers.{}.self_attn.q_proj runs as PEFT has it: a hook watches inside"],
+    ),
+    (
+        "self_attn.v_proj",
+        other_dropout,
+        ["model.layers.{}.self_attn.q_proj runs as PEFT has it: layers of one block drop different shares"],
+    ),
+    (
+        "mlp.up_proj",
+        lambda layer: layer.enable_adapters(False),
+        [
+            "model.layers.{}.mlp runs in parts: its adapter is disabled",
+            "model.layers.{}.mlp.gate_proj runs as PEFT has it: its adapter is disabled",
+        ],
+    ),
+    (
+        "self_attn.o_proj",
+        lambda layer: setattr(layer.get_base_layer(), "compute_dtype", torch.float16),
+        [
+            "model.layers.{}.self_attn.o_proj runs as PEFT has it: products in torch.float32, and the base's are in "
+            "torch.float16"
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "words"), CHANGES, ids=[f"{one[0]} {n}" for n, one in enumerate(CHANGES)])
+def test_what_no_longer_runs_fused_is_said_once_in_training(
+    name: str, change: Callable[[Any], None], words: list[str], decoder: Decoder, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = adapted(decoder("llama"), "nf4")
+    fuse_blocks(plain(model), context_of(torch.float32), "auto")
+    step(model)
+    for number in (1, 0):
+        change(plain(model).get_submodule(f"model.layers.{number}.{name}"))
+        model.eval()
+        plain(model)(input_ids=IDS)
+        model.train()
+        with torch.no_grad():
+            plain(model)(input_ids=IDS)
+        assert len(caplog.messages) == (0 if number else len(words))
+        for _ in range(2):
+            plain(model)(input_ids=IDS).logits.sum().backward()
+        assert caplog.messages == [f"{line.format(1)} (said once, of the first layer)" for line in words]
+    caplog.clear()
+    other = adapted(decoder("llama"), "nf4")
+    fuse_blocks(plain(other), context_of(torch.float32), "auto")
+    step(other)
+    assert not caplog.messages
+    change(plain(other).get_submodule(f"model.layers.0.{name}"))
+    plain(other)(input_ids=IDS).logits.sum().backward()
+    assert len(caplog.messages) == len(words)  # another model says it for itself
+
+
 def test_another_input_for_each_is_computed_for_each(decoder: Decoder) -> None:
     model = adapted(decoder("llama"), "none")
     fuse_blocks(plain(model), context_of(torch.float32), "auto")

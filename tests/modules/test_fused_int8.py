@@ -150,3 +150,15 @@ def test_a_block_that_computes_otherwise_is_refused(decoder: Decoder, monkeypatc
 
 def scaled(own: Callable[..., Any]) -> Callable[..., Any]:
     return lambda block, x: tuple(1.1 * y for y in own(block, x))
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_inputs_by_their_name_are_for_the_layers_themselves(train: bool, decoder: Decoder) -> None:
+    model = prepared(decoder("llama"))
+    fuse_int8(model, nullcontext)
+    block, x = model.get_submodule("model.layers.0"), torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    q, mlp = block.get_submodule("self_attn.q_proj"), block.get_submodule("mlp")
+    with torch.set_grad_enabled(train):
+        assert torch.equal(q(input=x), q(x)) and torch.equal(mlp(x=x), mlp(x))
+        with pytest.raises(TypeError):
+            q(x, x)

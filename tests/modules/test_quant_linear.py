@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from qtrain.modules.config import QuantizerSection, WeightSection
 from qtrain.modules.quant_conv import QuantConv2d
@@ -182,6 +184,47 @@ def test_one_input_of_several_layers_is_quantized_once(monkeypatch: pytest.Monke
     assert torch.allclose(second[0], 2 * first[0] - q.bias, atol=1e-5)  # levels scale with their input
     other = torch.randn(5, 64)
     assert torch.equal(q(other), F.linear(q.input_quantizer(other), q.weight, q.bias))  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("kernels", ["triton", "int8"])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("fails", [False, True])
+def test_inputs_are_shared_until_the_backward_is_over(
+    kernels: str, recompute: bool, fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A forward quantizes it once for both layers, a backward once more at most, and then nothing is held of it."""
+    from qtrain.kernels import int8_linear, quantized_linear, shared_input
+
+    calls: list[tuple[int, ...]] = []
+
+    def counted(made: Any) -> Any:
+        return lambda x, *rest, **named: calls.append(tuple(x.shape)) or made(x, *rest, **named)
+
+    for module, name in ((int8_linear, "codes"), (int8_linear, "numbers"), (quantized_linear, "forward")):
+        monkeypatch.setattr(module, name, counted(getattr(module, name)))
+    q, k = layer(ROWS, TOKENS), layer(ROWS, TOKENS)
+    for one in (q, k):
+        one.kernels = kernels  # type: ignore[assignment]
+    for _ in range(2):
+        calls.clear()
+        x = torch.randn(5, 64, requires_grad=True)
+        h = 2 * x
+        memory = StorageWeakRef(h.untyped_storage())
+
+        def both(h: Tensor) -> Tensor:
+            return q(h) + k(h)
+
+        y = checkpoint(both, h, use_reentrant=False) if recompute else both(h)
+        assert calls.count((5, 64)) == 1
+        y.sum().backward()
+        assert calls.count((5, 64)) <= 1 + recompute + (kernels == "int8")
+        del h, y
+        assert memory.expired() and not any(latest._made is not None for latest in shared_input._ALL)
+        if fails:  # a backward that never ended is no obstacle to the next
+            h = 2 * x
+            h.register_hook(lambda gradient: gradient.view(-1, 999))
+            with pytest.raises(RuntimeError):
+                both(h).sum().backward()
 
 
 def test_shared_casts_sum_their_gradients() -> None:

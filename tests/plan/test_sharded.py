@@ -10,6 +10,7 @@ import torch
 
 from qtrain.config.compose import load_recipe
 from qtrain.config.schema import Config
+from qtrain.training.plan import plan
 from qtrain.training.plan.estimate import Estimator
 from qtrain.training.plan.sharded import Weights, shared_out
 from qtrain.training.plan.step_memory import KindBytes, StepMemory
@@ -46,6 +47,25 @@ def test_shares_and_what_is_whole_beside_them() -> None:
         copies=160 + 60,
         kinds=[KindBytes(4, LAYER, 30)],
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "processes", "level"),
+    [
+        ((), 1, "offload"),
+        ((), 2, "offload"),
+        (("trainer.strategy=fsdp2",), 1, "offload"),
+        (("trainer.strategy=fsdp2",), 2, "none"),
+        (("method.name=qat", "run.cuda_graphs=true"), 1, "none"),
+        (("trainer.strategy=fsdp2", "run.recompute=full"), 2, "full"),
+    ],
+)
+def test_the_plan_has_the_level_that_the_run_will_have(words: tuple[str, ...], processes: int, level: str) -> None:
+    """Of a GPU on which nothing fits."""
+    config, memory = load_recipe(None, *words), replace(MEMORY, on_gpu=True)
+    assert isinstance(config, Config)
+    assert plan._level(config, memory, 1, processes)[0] == level
+    assert plan._level(config, replace(memory, on_gpu=False), 1, 1)[0] == ("full" if level == "full" else "none")
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft 0.21 on transformers 5.23

@@ -19,6 +19,7 @@ from qtrain.modules.documents import attends_by_document
 from qtrain.training import attention
 from qtrain.training.attention import Attention, Shape, shape_of
 from qtrain.training.fit import fit
+from qtrain.training.recompute_retry import MicroBatch
 from qtrain.training.run_directory import RunDirectory
 
 CPU = torch.device("cpu")
@@ -136,6 +137,16 @@ def test_a_run_by_document_learns_as_under_masks(
     found = trained("by_document")
     assert found["train_loss"] == pytest.approx(masked["train_loss"], rel=1e-5)
     assert max(calls) > 4 and "attention sdpa; packed rows document by document" in " ".join(found["model"])
+
+
+def test_shares_of_a_batch_are_told_no_documents_of_the_whole() -> None:
+    ids = torch.arange(24).view(4, 6)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5]] * 2)
+    batch = documents.with_documents({"input_ids": ids, "labels": ids, "position_ids": positions})
+    assert len(batch[documents.LONGEST]) == 6
+    shares = MicroBatch.of(batch).parts(2)
+    assert [documents.documents_of(share) for share in shares] == [None, None]
+    assert all(len(share["position_ids"]) == 2 for share in shares)
 
 
 @pytest.mark.gpu

@@ -135,6 +135,13 @@ def test_what_a_graph_would_train_wrongly_is_refused(keys: list[str], what: str)
         check_served(trainer, config, schedule)
 
 
+def test_the_level_that_is_left_to_the_run_is_none_beside_graphs() -> None:
+    config = load_recipe(None, "model.path=m", "data.train=t.txt", "run.cuda_graphs=true", "method.name=qat")
+    assert config.run.recompute == "auto"
+    trainer = L.Trainer(accelerator="cpu", logger=False, barebones=True)
+    check_served(trainer, config, QuantizationSchedule(0, None, {}))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_replayed_training_is_the_training(tiny_llama: LlamaForCausalLM, accumulate: int) -> None:

@@ -6,6 +6,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from qtrain.config.compose import load_recipe
+from qtrain.data.datamodule import LanguageData
 from qtrain.errors import ModelError
 from qtrain.training import recompute_budget
 from qtrain.training.module import LanguageModule
@@ -212,6 +214,57 @@ def test_a_layer_that_does_not_fit_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(recompute_budget, "layer_bytes", fails)
     found = settle(small(), load_recipe(None, "run.recompute=auto"), torch.device("cpu"), "")
     assert str(found) == "offload: one layer alone exceeds 2.0 GiB free"
+
+
+def test_auto_is_the_default_and_none_where_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a GPU is small enough for any layer to be recomputed; on a CPU no layer runs."""
+    cpu, model = torch.device("cpu"), small()
+    monkeypatch.setattr(recompute_budget, "layer_bytes", lambda *_: pytest.fail("a layer was measured"))
+    assert load_recipe(None).run.recompute == "auto"
+    assert str(settle(model, load_recipe(None), cpu, "")) == "none: the memory of a CPU is not counted"
+    monkeypatch.setattr(recompute_budget, "free_bytes", lambda device: 1)
+    sharded = settle(model, load_recipe(None), cpu, "", sharded=True)
+    graphs = settle(model, load_recipe(None, "method.name=qat", "run.cuda_graphs=true"), cpu, "")
+    model.requires_grad_(False)
+    frozen = settle(model, load_recipe(None), cpu, "")
+    for found, words in ((sharded, "run.recompute=full"), (graphs, "CUDA graph"), (frozen, "nothing trains")):
+        assert found.level == "none" and words in found.reason
+        assert not any(layer.gradient_checkpointing for layer in found.layers)
+
+
+def test_a_layer_that_does_not_run_by_itself_stops_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise AttributeError("no such mask")
+
+    monkeypatch.setattr(recompute_budget, "free_bytes", lambda device: 2 * GIB)
+    monkeypatch.setattr(recompute_budget, "layer_bytes", fails)
+    found = settle(small(), load_recipe(None), torch.device("cpu"), "")
+    assert str(found) == "none: no layer could be measured (AttributeError: no such mask)"
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft 0.21 on transformers 5.23
+def test_rows_that_are_shorter_than_they_may_be_are_counted_as_they_are(
+    tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The data's longest row, not data.max_length; and a run that is only read measures nothing."""
+    (tmp_path / "chats.jsonl").write_text('{"prompt": "count to three", "completion": "1 2 3"}\n' * 3)
+    words = (f"model.path={tiny_llama_dir}", f"data.train={tmp_path / 'chats.jsonl'}", "data.packing=false")
+    config = load_recipe(None, *words, "data.max_length=512", "data.batch_size=3")
+    module = LanguageModule(config)
+    data = LanguageData(config.data, module.tokenizer)
+    data.setup("fit")
+    seen: list[torch.Size] = []
+    measured = recompute_budget.layer_bytes
+
+    def look(model: Any, layer: Any, batch: Any) -> LayerBytes:
+        seen.append(batch["input_ids"].shape)
+        return measured(model, layer, batch)
+
+    monkeypatch.setattr(recompute_budget, "free_bytes", lambda device: 80 * GIB)
+    monkeypatch.setattr(recompute_budget, "layer_bytes", look)
+    module.build(torch.device("cpu"), data)
+    assert seen == [(3, next(iter(data.train_dataloader()))["input_ids"].shape[1])] and seen[0][1] < 64
+    assert module.recompute is not None and str(module.recompute).startswith("none: it takes 0.0 GiB of 80.0 free")
 
 
 def test_a_level_that_is_named_is_taken() -> None:

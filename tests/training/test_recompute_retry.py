@@ -13,11 +13,15 @@ import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qtrain.config.compose import load_recipe
 from qtrain.data.datamodule import LanguageData
 from qtrain.errors import ModelError
+from qtrain.modules.config import QuantizerSection, WeightSection
+from qtrain.modules.quant_linear import QuantLinear
+from qtrain.modules.shared_outputs import SharedOutputs
 from qtrain.modules.token_loss import chunked_loss
 from qtrain.training import recompute_retry
 from qtrain.training.module import LanguageModule
@@ -169,6 +173,37 @@ def test_late_shortages_are_raised(tiny_llama_dir: Path, tmp_path: Path, monkeyp
             train(tiny_llama_dir, tmp_path / which, {(which, 3)})
 
 
+@pytest.mark.parametrize("which", ["forward", "backward"])
+@pytest.mark.parametrize(
+    ("level", "way_out"),
+    [
+        ("none", "run.recompute=full, or a smaller data.batch_size"),
+        ("selective", "run.recompute=full, or a smaller data.batch_size"),
+        ("full", "run.recompute=offload, or a smaller data.batch_size"),
+        ("offload", "a smaller data.batch_size"),
+    ],
+)
+def test_one_process_of_several_says_the_way_out(
+    level: str, way_out: str, which: str, tiny_llama: LlamaForCausalLM
+) -> None:
+    recompute = Recompute(tiny_llama)
+    recompute.set(level)
+
+    def loss(batch: Any) -> Tensor:
+        y = torch.ones(3, requires_grad=True).exp().sum()
+        result: Tensor = _Fails.apply(y, lambda when: when == which)  # type: ignore[no-untyped-call]
+        return result
+
+    window = recompute_retry.AccumulationWindow(loss, recompute, list, torch.enable_grad, lambda: 1, alone=False)
+    labels = torch.ones(2, 3, dtype=torch.long)
+    batch = {"input_ids": labels, "labels": labels, "loss_tokens": torch.tensor(4)}
+    with pytest.raises(ModelError, match=r"no more \(made up\)") as caught:
+        window.backward(window.forward(batch) / 1)
+    assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+    assert f"recompute {level}" in caught.value.what and str(caught.value.fix).startswith(way_out)
+    assert recompute.level == level  # the others would not go down with it
+
+
 class Held:
     """What a graph keeps in place of a tensor."""
 
@@ -203,6 +238,32 @@ def test_the_failed_pass_is_let_go_before_the_next(tiny_llama_dir: Path, tmp_pat
     assert [one() is not None for one in kept] == [True]
     window.backward(scaled)
     assert alive == [0, 0] and window.close()[1] == 4
+
+
+def test_what_a_failed_forward_left_for_other_layers_is_let_go(tiny_llama: LlamaForCausalLM) -> None:
+    """Outputs of a block that nobody took, and the levels of the last input: both hold the graph up to them."""
+    block, model = SharedOutputs(), tiny_llama.train()
+    layer = QuantLinear.from_linear(nn.Linear(9, 9), WeightSection(), QuantizerSection(format="int8"))
+    memory: list[StorageWeakRef] = []
+    alive: list[int] = []
+
+    def loss(batch: Any) -> Tensor:
+        alive.append(sum(not one.expired() for one in memory))
+        hidden = torch.ones(4, 9, requires_grad=True).exp()
+        pair = hidden.sin(), hidden.cos()
+        taken = block.take(0, hidden, lambda x: pair)
+        assert taken is not None
+        y = layer(taken)
+        memory.extend(StorageWeakRef(one.untyped_storage()) for one in (hidden, *pair))
+        if len(alive) == 1:
+            raise torch.OutOfMemoryError("no more (made up)")
+        return y.sum()
+
+    window = recompute_retry.AccumulationWindow(loss, Recompute(model), list, torch.enable_grad, lambda: 1)
+    labels = torch.ones(2, 3, dtype=torch.long)
+    batch = {"input_ids": labels, "labels": labels, "loss_tokens": torch.tensor(4)}
+    window.backward(window.forward(batch) / 1)
+    assert alive == [0, 0]
 
 
 @pytest.mark.parametrize(
@@ -255,6 +316,66 @@ def test_gradients_of_one_micro_batch_are_those_of_the_mean(
         assert not other.means
         for parameter, gradient in zip(trained, expected, strict=True):
             torch.testing.assert_close(parameter.grad, gradient / scale, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("plan", "parts"), [({("forward", 1)}, 2), ({("backward", 1), ("backward", 2)}, 4)], ids=str)
+@pytest.mark.parametrize("scale", [1, 2])
+def test_the_last_micro_batch_of_an_epoch_has_fewer_rows_than_parts(
+    scale: int, plan: set[tuple[str, int]], parts: int, tiny_llama: LlamaForCausalLM
+) -> None:
+    """The first of four rows had to be divided; then comes one of one row, in a window of its own or in the same."""
+    model, recompute = tiny_llama.train(), Recompute(tiny_llama)
+    ids = torch.randint(0, 512, (5, 12), generator=torch.Generator().manual_seed(0))
+    batches = [
+        {"input_ids": rows, "labels": rows, "loss_tokens": torch.tensor(len(rows) * 11)} for rows in (ids[:4], ids[4:])
+    ]
+    seen = {"forward": 0, "backward": 0}
+
+    def due(which: str) -> bool:
+        seen[which] += 1
+        return (which, seen[which]) in plan
+
+    def loss(batch: Any) -> Tensor:
+        result: Tensor = _Fails.apply(chunked_loss(model, batch), due)  # type: ignore[no-untyped-call]
+        return result
+
+    trained = list(model.parameters())
+    alone = [torch.autograd.grad(chunked_loss(model, batch), trained) for batch in batches]
+    recompute.set("offload")  # from there on micro-batches are divided
+    window = recompute_retry.AccumulationWindow(loss, recompute, model.parameters, torch.enable_grad, lambda: scale)
+    for number, batch in enumerate(batches):
+        window.backward(window.forward(batch) / scale)
+        assert window._parts == parts
+        if scale == 1:
+            tokens = int(batch["loss_tokens"])
+            assert window.close()[1] == tokens
+            for parameter, gradient in zip(trained, alone[number], strict=True):
+                torch.testing.assert_close(parameter.grad, gradient / tokens, rtol=1e-4, atol=1e-7)
+            model.zero_grad()
+    if scale == 2:
+        assert window.close()[1] == 55
+        for parameter, one, other in zip(trained, *alone, strict=True):
+            torch.testing.assert_close(parameter.grad, (one + other) / 2, rtol=1e-4, atol=1e-5)
+
+
+def test_a_shortage_in_a_small_micro_batch_divides_the_larger_ones(tiny_llama: LlamaForCausalLM) -> None:
+    """A window of two rows and one: when its second backward fails, all of it is run again, the first divided."""
+    model, recompute = tiny_llama.train(), Recompute(tiny_llama)
+    ids = torch.randint(0, 512, (3, 12), generator=torch.Generator().manual_seed(0))
+    rows: list[int] = []
+
+    def loss(batch: Any) -> Tensor:
+        rows.append(len(batch["input_ids"]))
+        fails = len(rows) == 2
+        result: Tensor = _Fails.apply(chunked_loss(model, batch), lambda which: which == "backward" and fails)  # type: ignore[no-untyped-call]
+        return result
+
+    recompute.set("offload")
+    window = recompute_retry.AccumulationWindow(loss, recompute, model.parameters, torch.enable_grad, lambda: 2)
+    for part in (ids[:2], ids[2:]):
+        batch = {"input_ids": part, "labels": part, "loss_tokens": torch.tensor(len(part) * 11)}
+        window.backward(window.forward(batch) / 2)
+    assert rows == [2, 1, 1, 1, 1] and window.close()[1] == 33
 
 
 def test_a_micro_batch_without_tokens_has_gradients_of_zero(tiny_llama: LlamaForCausalLM) -> None:
@@ -316,3 +437,4 @@ def test_parts_of_a_micro_batch() -> None:
     assert [len(part["labels"]) for part in parts] == [3, 2]
     assert [int(part["loss_tokens"]) for part in parts] == [4, 2] and int(parts[0]["tokens"]) == 9
     assert MicroBatch.of(batch).parts(1)[0] is batch
+    assert [len(part["labels"]) for part in MicroBatch.of(batch).parts(8)] == [1] * 5

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection
 
+import torch
+
+from qtrain.kernels.packed_linear import choose_tiles
 from qtrain.modules.packed_linear import PackedLinear
 
 
@@ -17,6 +20,13 @@ def packed_lines(layers: Collection[PackedLinear]) -> list[str]:
         *(f"packed      {count} layers, {kind}" for kind, count in kinds.items()),
         f"size        {size / 1e6:,.1f} MB, {8 * size / max(1, weights):.3f} bits a weight",
     ]
+
+
+def kernel_line(layers: Collection[PackedLinear], asked: str) -> str:
+    """Whose kernels unpack them where they lie."""
+    device = next((layer.weight.device for layer in layers), torch.device("cpu"))
+    _, kernels = choose_tiles(asked, device)
+    return f"kernels     {kernels}"
 
 
 def _described(layer: PackedLinear) -> str:

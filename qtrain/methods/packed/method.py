@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qtrain.errors import ExportError
-from qtrain.kernels.packed_linear import choose_tiles
 from qtrain.methods.method import Context, Method, Progress, Text
 from qtrain.methods.packed.config import PackedOptions
 from qtrain.methods.packed.deployed import deployed_tensors
-from qtrain.methods.packed.lines import packed_lines
+from qtrain.methods.packed.lines import kernel_line, packed_lines
 from qtrain.methods.packed.pack import layers_to_pack, pack_layers, reads_weights_alone
 from qtrain.methods.packed.streamed import StoredLayers
 from qtrain.methods.streamed import RunFiles, Streamed
@@ -110,10 +109,8 @@ class PackedMethod(Method[Options]):
 
     def lines(self, model: nn.Module) -> list[str]:
         """What is packed to how many bytes, by which start, and whose kernels unpack it."""
-        layers = packed_layers(model)
-        device = next(iter(layers.values())).weight.device if layers else torch.device("cpu")
-        _, kernels = choose_tiles(self.options.kernels, device)
-        return [*packed_lines(layers.values()), f"start       {self.options.init}", f"kernels     {kernels}"]
+        layers, options = packed_layers(model).values(), self.options
+        return [*packed_lines(layers), f"start       {options.init}", kernel_line(layers, options.kernels)]
 
     @staticmethod
     def run(plain: PreTrainedModel, ids: Tensor, context: Context) -> None:

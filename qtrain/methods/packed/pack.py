@@ -57,10 +57,15 @@ def pack_layers(
                 fix="a GPTQ, AWQ or compressed-tensors directory as model.path, or method.init=gptq",
             )
         _choose(model, options, device, text, context, progress, scratch)
-    tiles, _ = choose_tiles(options.kernels, device)
+    use_tiles(model, options.kernels, device)
+    model.to(device)  # type: ignore[arg-type]
+
+
+def use_tiles(model: nn.Module, asked: str, device: torch.device) -> None:
+    """Let every packed layer use the kernels in Triton from now on, or not, as ``choose_tiles`` says."""
+    tiles, _ = choose_tiles(asked, device)
     for layer in packed_layers(model).values():
         layer.tiles = tiles
-    model.to(device)  # type: ignore[arg-type]
 
 
 def reads_weights_alone(options: PackedKeys) -> bool:

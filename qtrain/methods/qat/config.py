@@ -69,7 +69,7 @@ class QatOptions(StartKeys, MethodSection):
     input_gradient: InputGradient = Field(
         "full",
         description="gradients of a layer's input: full, or int8: products of bytes, for which the output's gradient "
-        "is rounded to int8 by token (with kernels: int8; weights' gradients stay as they are)",
+        "is rounded to int8 by token (with kernels: int8, or auto on a GPU; weights' gradients stay as they are)",
     )
     weight_storage: Literal["fp32", "bf16"] = Field(
         "fp32",
@@ -151,7 +151,7 @@ class QatOptions(StartKeys, MethodSection):
                 raise ValueError("kv_cache.smooth looks at text: calibration_rows=32")
         if self.weight_storage == "bf16" and self.lora is not None:
             raise ValueError("weight_storage: bf16 is for weights that train, and under lora they are frozen as stored")
-        if self.input_gradient == "int8" and (AUTO if self.kernels == "auto" else self.kernels) != "int8":
+        if self.input_gradient == "int8" and self.kernels not in ("auto", "int8"):  # auto: seen on the device
             raise ValueError("input_gradient: int8 is for layers whose products are of bytes: kernels: int8")
         if self.bits_schedule:
             last = self.bits_schedule[max(self.bits_schedule)]

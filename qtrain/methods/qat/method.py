@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qtrain.errors import ExportError, ModelError
+from qtrain.errors import ConfigError, ExportError, ModelError
 from qtrain.files import atomic_directory, read_json, write_json
 from qtrain.methods.method import Context, Method, Progress, Text
 from qtrain.methods.qat.config import QatOptions
@@ -32,7 +32,7 @@ from qtrain.modules.calibrate import calibrate
 from qtrain.modules.deployed import DeployedModel
 from qtrain.modules.fused_int8 import fuse_int8
 from qtrain.modules.kernel_choice import kernel_lines, use_kernels
-from qtrain.modules.kernel_keys import PRODUCTS
+from qtrain.modules.kernel_keys import AUTO, AUTO_ON_GPU, PRODUCTS
 from qtrain.modules.kv.prepare import has_cache_scales, kv_quantizers, prepare_kv
 from qtrain.modules.prepare import Prepared, prepare_modules
 from qtrain.modules.quant_linear import QuantLinear
@@ -74,8 +74,13 @@ class Qat(Method[QatOptions]):
         is not where it is rounded by chance, as for ``weight_storage=bf16``. Weights are kept so where products are
         made in bf16, and so are weights that are frozen under adapters, if they were stored so. With ``init`` the
         weights move to the codes of a starting point, unless they are about to be restored.
+
+        Raises:
+            ConfigError: ``input_gradient=int8`` where ``kernels=auto`` is no products of bytes.
         """
         options, stored = self.options, model.dtype
+        if not restoring:
+            _check_input_gradient(device, options)
         as_stored = options.lora is not None and compute_dtype == torch.bfloat16
         model.to(device=device, dtype=None if as_stored else torch.float32)  # type: ignore[call-arg]
         bf16 = compute_dtype == torch.bfloat16
@@ -313,6 +318,17 @@ class Qat(Method[QatOptions]):
                 module.add_adapter(lora.r, lora.lora_alpha)
         for _, quantizer in quantizers(model):
             quantizer.requires_grad_(True)
+
+
+def _check_input_gradient(device: torch.device, options: QatOptions) -> None:
+    kernels = AUTO_ON_GPU if device.type == "cuda" else AUTO
+    if options.kernels == "auto" and options.input_gradient == "int8" and kernels != "int8":
+        raise ConfigError(
+            f"method.kernels=auto is {kernels} on this device ({device.type})",
+            where="method.input_gradient=int8",
+            rule="it is for layers whose products are of bytes",
+            fix="method.kernels=int8, method.input_gradient=full, or a GPU",
+        )
 
 
 @contextmanager

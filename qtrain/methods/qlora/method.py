@@ -19,8 +19,8 @@ from qtrain.errors import ExportError, ModelError
 from qtrain.files import atomic_directory
 from qtrain.methods.config import KEPT
 from qtrain.methods.method import Context, Method, Progress, Text
-from qtrain.methods.packed.lines import packed_lines
-from qtrain.methods.packed.pack import layers_to_pack, pack_layers, reads_weights_alone
+from qtrain.methods.packed.lines import kernel_line, packed_lines
+from qtrain.methods.packed.pack import layers_to_pack, pack_layers, reads_weights_alone, use_tiles
 from qtrain.methods.qlora.config import QLoraOptions
 from qtrain.methods.qlora.deployed import deployed_tensors
 from qtrain.methods.qlora.layers import check_dora, linear_layers, target_names
@@ -96,6 +96,7 @@ class QLora(Method[QLoraOptions]):
             )
         elif options.base in ("none", KEPT):
             self._check_kept(model, targets, to_train=not restoring, device=device)
+            use_tiles(model, self._kernels, device)
             model.to(device)  # type: ignore[arg-type]
         else:
             quantize_base(
@@ -248,6 +249,11 @@ class QLora(Method[QLoraOptions]):
             *super().lines(model),
         ]
 
+    @property
+    def _kernels(self) -> str:
+        """Of packed integers; no key chooses them for those of a checkpoint."""
+        return "auto" if self.options.packed is None else self.options.packed.kernels
+
     def _base_in_words(self) -> str:
         options = self.options
         if options.packed is not None:
@@ -260,7 +266,7 @@ class QLora(Method[QLoraOptions]):
         """What the base lies in, where ``base`` does not say it."""
         packed = packed_layers(model)
         if packed:
-            return packed_lines(packed.values())
+            return [*packed_lines(packed.values()), kernel_line(packed.values(), self._kernels)]
         if self.options.base != KEPT:
             return []
         kinds = Counter(frozen_kind(layer) for layer in linear_layers(self.plain_model(model)).values())

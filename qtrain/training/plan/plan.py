@@ -128,7 +128,7 @@ def _with_memory(
     batch = largest_batch(config, data)
     accumulate = int(config.trainer.get("accumulate_grad_batches", 1))
     memory = estimator.step(batch, config.optimizer, accumulates=accumulate > 1)
-    level, count = _level(config, memory, free)
+    level, count = _level(config, memory, free, processes)
     rows, length = batch["input_ids"].shape
     setting = Setting(config.data.batch_size, length, accumulate, level, config.optimizer.name)
     fits = memory.at(level, count).total <= room(free)
@@ -153,11 +153,13 @@ def _with_memory(
     )
 
 
-def _level(config: Config, memory: StepMemory, free: int) -> tuple[str, int]:
-    """The level that is asked for; of ``auto`` the fewest layers that fit on a GPU, and none elsewhere."""
+def _level(config: Config, memory: StepMemory, free: int, processes: int) -> tuple[str, int]:
+    """The level that is asked for; of ``auto`` the fewest layers that fit where ``settle`` measures one, else none."""
     asked = config.run.recompute
     if asked == "auto":
-        found = memory.fewest(room(free)) if memory.on_gpu else ("none", 0)
+        sharded = processes > 1 and config.trainer.get("strategy") == "fsdp2"
+        measured = memory.on_gpu and not sharded and not config.run.cuda_graphs
+        found = memory.fewest(room(free)) if measured else ("none", 0)
         return found or ("offload", memory.layers)
     return asked, {"none": 0, "selective": (memory.layers + 1) // 2}.get(asked, memory.layers)
 
