@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from qtrain.kernels.cross_entropy import scaled
+
 RowsLoss = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 """(logits of some rows [n, vocab], which rows) → (their summed loss, its gradient [n, vocab])."""
 
@@ -55,7 +57,7 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight, d_bias = ctx.saved_tensors
         return (
-            None if d_hidden is None else d_hidden * factor.to(d_hidden.dtype),
+            None if d_hidden is None else scaled(d_hidden, factor),
             None if d_weight is None else (d_weight * factor).to(ctx.dtypes[0]),
             None if d_bias is None else (d_bias * factor).to(ctx.dtypes[1]),
             None,
@@ -79,7 +81,7 @@ class _LogitsLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, None]:
         (d_logits,) = ctx.saved_tensors
-        return (None if d_logits is None else d_logits * factor.to(d_logits.dtype)), None
+        return (None if d_logits is None else scaled(d_logits, factor)), None
 
 
 def head_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, loss: RowsLoss) -> Tensor:
