@@ -94,9 +94,6 @@ def _rows(  # type: ignore[no-untyped-def]
     teacher_ptr += row * vocab
     target = tl.load(target_ptr + row)
     counts = target >= 0
-    # A row without a label is not read: zeros stand for it.
-    width = tl.where(counts, vocab, 0)
-    absent = tl.where(counts, float("-inf"), 0.0)
     picked = tl.load(student_ptr + tl.maximum(target, 0)).to(tl.float32)
     column = tl.arange(0, BLOCK)
     # Largest and sum so far in each lane, of q and p, and of q at T = 1, which cross-entropy is of.
@@ -108,8 +105,8 @@ def _rows(  # type: ignore[no-untyped-def]
     total_1 = tl.zeros([BLOCK], tl.float32)
     for step in range(STEPS):
         here = step * BLOCK + column
-        z = tl.load(student_ptr + here, mask=here < width, other=absent).to(tl.float32)
-        t = tl.load(teacher_ptr + here, mask=here < width, other=absent).to(tl.float32)
+        z = tl.load(student_ptr + here, mask=here < vocab, other=float("-inf")).to(tl.float32)
+        t = tl.load(teacher_ptr + here, mask=here < vocab, other=float("-inf")).to(tl.float32)
         largest_q, total_q = _lanes(z * inverse, largest_q, total_q)
         largest_p, total_p = _lanes(t * inverse, largest_p, total_p)
         if ENTROPY and WARM:
@@ -125,8 +122,8 @@ def _rows(  # type: ignore[no-untyped-def]
         means = tl.zeros([BLOCK], tl.float32)
         for step in range(STEPS):
             here = step * BLOCK + column
-            z = tl.load(student_ptr + here, mask=here < width, other=absent).to(tl.float32)
-            t = tl.load(teacher_ptr + here, mask=here < width, other=absent).to(tl.float32)
+            z = tl.load(student_ptr + here, mask=here < vocab, other=float("-inf")).to(tl.float32)
+            t = tl.load(teacher_ptr + here, mask=here < vocab, other=float("-inf")).to(tl.float32)
             log_q, log_p = _possible(z * inverse - normal_q), _possible(t * inverse - normal_p)
             against = log_p
             if KIND == 2:
@@ -136,8 +133,8 @@ def _rows(  # type: ignore[no-untyped-def]
         mean = tl.sum(means, axis=0)
     for step in range(STEPS):
         here = step * BLOCK + column
-        z = tl.load(student_ptr + here, mask=here < width, other=absent).to(tl.float32)
-        t = tl.load(teacher_ptr + here, mask=here < width, other=absent).to(tl.float32)
+        z = tl.load(student_ptr + here, mask=here < vocab, other=float("-inf")).to(tl.float32)
+        t = tl.load(teacher_ptr + here, mask=here < vocab, other=float("-inf")).to(tl.float32)
         log_q, log_p = _possible(z * inverse - normal_q), _possible(t * inverse - normal_p)
         q = tl.exp(log_q)
         if KIND == 0:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from torch.profiler import ProfilerActivity, profile
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from qtrain.config.compose import load_recipe
 from qtrain.data.datamodule import LanguageData
@@ -158,6 +159,24 @@ def test_a_student_s_head_is_counted_with_what_its_loss_makes_of_two_logits(
     assert found - fused == pytest.approx((matrices - 2) * logits, rel=0.01)
     cached = config.distill.model_copy(update={"teacher_logits": "cached"})
     assert taught_head_bytes(model, 1500, cached, whole=False) == found
+
+
+@ignored
+@pytest.mark.parametrize("teacher_logits", ["online", "cached"])
+def test_whole_logits_of_a_student_and_its_teacher(teacher_logits: str, tmp_path: Path) -> None:
+    sizes = {"vocab_size": 500, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0}
+    Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, final_logit_softcapping=5.0)).save_pretrained(tmp_path)
+    ids = torch.arange(800).view(2, 400) % 500
+    found = []
+    for loss in ("none", "forward_kl"):
+        words = [f"model.path={tmp_path}", f"distill.loss={loss}", *METHODS["qat"]]
+        words += [f"distill.teacher_logits={teacher_logits}", "distill.top_k=8"] if loss != "none" else []
+        config = load_recipe(None, *words)
+        estimator = Estimator(config, CPU)
+        assert estimator.one.whole_logits
+        found.append(estimator.step({"input_ids": ids, "labels": ids}, config.optimizer, accumulates=False).head)
+    assert found[1] > found[0] + (2 if teacher_logits == "online" else 1) * 4 * 800 * 500
 
 
 def test_live_bytes_come_and_go() -> None:
