@@ -58,6 +58,7 @@ class _HeadLoss(torch.autograd.Function):
                 d_hidden[rows] = gradient @ weight
             if d_weight is not None:
                 d_weight += gradient.t() @ x
+            del gradient  # before the next chunk's logits
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
         return total

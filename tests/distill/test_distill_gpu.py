@@ -53,7 +53,7 @@ def test_bf16_products_against_float64(loss: str, judge: Any) -> None:
         assert (leaf.grad.cpu().double() - other.grad).norm() < 2**-6 * other.grad.norm()
 
 
-@pytest.mark.parametrize(("by", "matrices"), [("kernel", 2.3), ("plain", 6)])
+@pytest.mark.parametrize(("by", "matrices"), [("kernel", 1.8), ("plain", 6)])
 def test_what_is_allocated_does_not_grow_with_tokens_times_vocabulary(
     by: str, matrices: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,7 +69,7 @@ def test_what_is_allocated_does_not_grow_with_tokens_times_vocabulary(
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         linear_divergence(hidden, weight, TeacherHead(hidden.detach(), weight), labels, Objective()).backward()
-        assert torch.cuda.max_memory_allocated() - before < matrices * 32 * mib  # one matrix of 8,000 is 1,526 MiB
+        assert torch.cuda.max_memory_allocated() - before < matrices * 32 * mib  # one matrix of 8,000 is 763 MiB or more
 
 
 @pytest.mark.parametrize("vocab", [32_000, 32_003])

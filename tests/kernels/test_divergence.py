@@ -21,6 +21,7 @@ from qtrain.distill.linear_divergence import linear_divergence, logits_divergenc
 from qtrain.distill.targets import TeacherHead, TeacherLogits
 from qtrain.kernels import divergence
 from qtrain.kernels.divergence import divergence_, divergence_tiles, plain
+from qtrain.training.live_bytes import LiveBytes
 
 ON_GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -305,6 +306,20 @@ def test_no_matrix_in_fp32(way: dict[str, Any], monkeypatch: pytest.MonkeyPatch)
         found.append(seen.numbers)
     kept = int((labels != -100).sum())
     assert found == [70 * 6, kept * 70], "the head's gradient alone"
+
+
+def test_two_chunks_of_logits_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The student's and the teacher's; nothing is computed, for the interpreter copies what it is given."""
+    monkeypatch.setattr(targets, "one_pass", lambda *_: True)
+    monkeypatch.setattr(targets, "divergence_", lambda logits, *_, **__: (logits[:, 0].float(), logits))
+    chunk = 2 * 8 * 5000
+    monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", chunk)
+    device = "cuda" if ON_GPU else "cpu"
+    hidden, weight = torch.randn(24, 4, device=device).bfloat16(), torch.randn(5000, 4, device=device).bfloat16()
+    labels = torch.zeros(24, dtype=torch.int64, device=device)
+    with LiveBytes() as counter:
+        linear_divergence(hidden.requires_grad_(), weight, TeacherHead(hidden.detach(), weight), labels, Objective())
+    assert 2 * chunk < counter.peak < 2.2 * chunk
 
 
 @tiles
