@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from qtrain.distill.chunked_loss import RowsLoss, head_loss, logits_loss
-from qtrain.distill.divergence import Objective, cross_entropy, log_softmax
+from qtrain.distill.chunked_loss import head_loss, logits_loss, product_dtype
+from qtrain.distill.divergence import Objective
 from qtrain.distill.targets import Target, select
-
-IGNORED = -100
-"""The label of a position that carries no loss."""
+from qtrain.kernels.divergence import IGNORED
 
 
 def linear_divergence(
@@ -37,31 +35,15 @@ def linear_divergence(
         ModelError: the two vocabularies differ.
     """
     kept, wanted = _kept(labels)
-    loss = _objective_loss(objective, target.divergence(objective, kept, weight.shape[0]), wanted)
-    return head_loss(select(hidden, kept), weight, bias, loss)
+    loss = target.loss(objective, kept, wanted, weight.shape[0])
+    in_place = target.one_pass(weight.device, product_dtype(weight))
+    return head_loss(select(hidden, kept), weight, bias, loss, in_place=in_place)
 
 
 def logits_divergence(logits: Tensor, target: Target, labels: Tensor, objective: Objective) -> Tensor:
     """The same sum from the student's whole logits [..., vocab], for heads that are more than a product."""
     kept, wanted = _kept(labels)
-    loss = _objective_loss(objective, target.divergence(objective, kept, logits.shape[-1]), wanted)
-    return logits_loss(select(logits, kept), loss)
-
-
-def _objective_loss(objective: Objective, divergence: RowsLoss, wanted: Tensor) -> RowsLoss:
-    """The objective of some of the kept rows, given the student's logits there."""
-    temperature, ce_weight = objective.temperature, objective.ce_weight
-
-    def loss(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        value, gradient = divergence(log_softmax(logits, temperature), rows)
-        # d/d logits = (1/T) d/du, times T^2
-        value, gradient = value * temperature**2 * (1 - ce_weight), gradient.mul_(temperature * (1 - ce_weight))
-        if ce_weight:
-            entropy, onward = cross_entropy(logits, wanted[rows])
-            value, gradient = value + ce_weight * entropy, gradient.add_(onward, alpha=ce_weight)
-        return value, gradient
-
-    return loss
+    return logits_loss(select(logits, kept), target.loss(objective, kept, wanted, logits.shape[-1]))
 
 
 def _kept(labels: Tensor) -> tuple[Tensor | None, Tensor]:

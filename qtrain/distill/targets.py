@@ -3,31 +3,39 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from qtrain.distill.chunked_loss import RowsLoss, product_dtype
-from qtrain.distill.divergence import Objective, log_softmax
+from qtrain.distill.divergence import Objective
 from qtrain.distill.top_k import top_k_divergence
 from qtrain.errors import ModelError
+from qtrain.kernels.divergence import divergence_, one_pass, weighed
 
 
 class Target(ABC):
     """A teacher's distributions at the student's positions."""
 
     @abstractmethod
-    def divergence(self, objective: Objective, kept: Tensor | None, vocab: int) -> RowsLoss:
-        """D and its gradient dD/du for some of the kept rows, given the student's log softmax(logits / T) there.
+    def loss(self, objective: Objective, kept: Tensor | None, wanted: Tensor, vocab: int) -> RowsLoss:
+        """The objective and its gradient for some of the kept rows, given the student's logits there.
 
         Args:
             kept: flat positions that carry loss; None: all.
+            wanted: int64 [N], the kept rows' labels.
             vocab: of the student.
 
         Raises:
             ModelError: the teacher's vocabulary is of another size.
         """
+
+    def one_pass(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether one kernel computes it over a student's logits of that dtype, in their memory."""
+        return False
 
 
 @dataclass(frozen=True)
@@ -44,17 +52,21 @@ class TeacherHead(Target):
     weight: Tensor
     bias: Tensor | None = None
 
-    def divergence(self, objective: Objective, kept: Tensor | None, vocab: int) -> RowsLoss:
+    def loss(self, objective: Objective, kept: Tensor | None, wanted: Tensor, vocab: int) -> RowsLoss:
         """Products run in ``product_dtype`` of the weight."""
         same_vocabulary(vocab, self.weight.shape[0])
-        compare, temperature, dtype = objective.divergence, objective.temperature, product_dtype(self.weight)
+        dtype, fields = product_dtype(self.weight), asdict(objective)
         hidden, weight = select(self.hidden, kept), self.weight.to(dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
 
-        def loss(log_q: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-            return compare(log_softmax(F.linear(hidden[rows].to(dtype), weight, bias), temperature), log_q)
+        def loss(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+            return divergence_(logits, F.linear(hidden[rows].to(dtype), weight, bias), wanted[rows], **fields)
 
         return loss
+
+    def one_pass(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """With Triton on a GPU."""
+        return one_pass(device, dtype, product_dtype(self.weight))
 
 
 @dataclass(frozen=True)
@@ -63,11 +75,15 @@ class TeacherLogits(Target):
 
     logits: Tensor
 
-    def divergence(self, objective: Objective, kept: Tensor | None, vocab: int) -> RowsLoss:
+    def loss(self, objective: Objective, kept: Tensor | None, wanted: Tensor, vocab: int) -> RowsLoss:
         """Softmaxes are taken of some rows at a time."""
         same_vocabulary(vocab, self.logits.shape[-1])
-        compare, temperature, logits = objective.divergence, objective.temperature, select(self.logits, kept)
-        return lambda log_q, rows: compare(log_softmax(logits[rows], temperature), log_q)
+        logits, fields = select(self.logits, kept), asdict(objective)
+        return lambda own, rows: divergence_(own, logits[rows], wanted[rows], **fields)
+
+    def one_pass(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """With Triton on a GPU."""
+        return one_pass(device, dtype, self.logits.dtype)
 
 
 @dataclass(frozen=True)
@@ -82,10 +98,15 @@ class TopK(Target):
     ids: Tensor
     log_probs: Tensor
 
-    def divergence(self, objective: Objective, kept: Tensor | None, vocab: int) -> RowsLoss:
+    def loss(self, objective: Objective, kept: Tensor | None, wanted: Tensor, vocab: int) -> RowsLoss:
         """Of the k tokens and one bucket for the others; ids are taken to be the student's."""
-        compare, ids, log_probs = objective.divergence, select(self.ids, kept), select(self.log_probs, kept)
-        return lambda log_q, rows: top_k_divergence(compare, ids[rows].long(), log_probs[rows], log_q)
+        ids, log_probs = select(self.ids, kept), select(self.log_probs, kept)
+
+        def loss(logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+            compare = partial(top_k_divergence, objective.divergence, ids[rows].long(), log_probs[rows])
+            return weighed(logits, wanted[rows], compare, objective.temperature, objective.ce_weight)
+
+        return loss
 
 
 def select(tensor: Tensor, kept: Tensor | None) -> Tensor:

@@ -14,6 +14,7 @@ from qtrain.distill.head_product import Head, not_a_product
 from qtrain.distill.linear_divergence import linear_divergence, logits_divergence
 from qtrain.distill.targets import Target, TeacherHead, TeacherLogits, TopK, same_vocabulary
 from qtrain.distill.teacher import Teacher
+from qtrain.kernels.divergence import one_pass
 from qtrain.modules.documents import known_rows
 from qtrain.modules.head import head_factors
 from qtrain.modules.token_loss import INPUTS, ROWS, Loss
@@ -31,18 +32,19 @@ def choose_online(
         ModelError: the two vocabularies differ.
     """
     same_vocabulary(_vocabulary(student), _vocabulary(teacher.model))
+    by = _by(one_pass(student.device, student.dtype, teacher.model.dtype))
     reason = not_a_product(student, head) or teacher.not_a_product
     if reason:
 
         def whole(batch: Mapping[str, Tensor]) -> Target:
             return TeacherLogits(teacher.logits(batch)[:, :-1])
 
-        return _whole(student, objective, whole), f"whole logits: {reason}"
+        return _whole(student, objective, whole), f"whole logits, {by}: {reason}"
 
     def target(batch: Mapping[str, Tensor]) -> Target:
         return TeacherHead(*head_factors(teacher.model, teacher.hidden(batch)[:, :-1]))
 
-    return _chunked(student, objective, target, head), f"{objective.loss} from the teacher, in chunks"
+    return _chunked(student, objective, target, head), f"{objective.loss} from the teacher, {by}, in chunks"
 
 
 def choose_cached(
@@ -54,6 +56,7 @@ def choose_cached(
         ModelError: the two vocabularies differ.
     """
     same_vocabulary(_vocabulary(student), cache.vocab)
+    by = _by(kernel=False)  # top-k buckets have none
 
     def target(batch: Mapping[str, Tensor]) -> Target:
         ids = batch["input_ids"]
@@ -62,8 +65,8 @@ def choose_cached(
 
     reason = not_a_product(student, head)
     if reason:
-        return _whole(student, objective, target), f"whole logits: {reason}"
-    return _chunked(student, objective, target, head), f"{objective.loss} from cached logits, in chunks"
+        return _whole(student, objective, target), f"whole logits, {by}: {reason}"
+    return _chunked(student, objective, target, head), f"{objective.loss} from cached logits, {by}, in chunks"
 
 
 def _chunked(
@@ -87,6 +90,10 @@ def _whole(student: PreTrainedModel, objective: Objective, target: Callable[[Map
         return logits_divergence(logits, wanted, batch["labels"][:, 1:], objective)
 
     return loss
+
+
+def _by(kernel: bool) -> str:
+    return "a kernel in Triton" if kernel else "plain PyTorch"
 
 
 def _on(device: torch.device, part: Tensor) -> Tensor:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qtrain.distill.divergence import IMPOSSIBLE, Divergence
+from qtrain.kernels.divergence import IMPOSSIBLE, Divergence
 
 LEAST_REST = 1e-6
 """Least mass of the teacher's rest. Log-probabilities kept in fp16 sum to 1 within some 1e-4, above or below."""
 
 
 def top_k_divergence(divergence: Divergence, ids: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """D(P, Q) summed over the rows, and dD/du [N, V] for the student's u with log q = log_softmax(u).
+    """D(P, Q) of each row [N], and dD/du [N, V] for the student's u with log q = log_softmax(u).
 
     With r = 1 - sum of q over the k tokens: log r is the logsumexp of log q over the other tokens, and the softmax of
     (log q at the k tokens, log r) is Q. So ``divergence`` gives the gradient for those k + 1 logits; that of log r is
@@ -30,13 +30,13 @@ def top_k_divergence(divergence: Divergence, ids: Tensor, log_p: Tensor, log_q: 
     """
     top = log_q.gather(-1, ids)
     if ids.shape[-1] == log_q.shape[-1]:
-        value, gradient = divergence(_normalized(log_p.to(log_q.dtype)), top)
-        return value, log_q.scatter_(-1, ids, gradient)
+        rows, gradient = divergence(_normalized(log_p.to(log_q.dtype)), top)
+        return rows, log_q.scatter_(-1, ids, gradient)
     others = log_q.scatter_(-1, ids, -torch.inf)
     log_rest = others.logsumexp(-1, keepdim=True).clamp_(min=IMPOSSIBLE)
     within = others.sub_(log_rest).exp_()
-    value, gradient = divergence(teacher_buckets(log_p.to(log_q.dtype)), torch.cat((top, log_rest), -1))
-    return value, within.mul_(gradient[:, -1:]).scatter_(-1, ids, gradient[:, :-1])
+    rows, gradient = divergence(teacher_buckets(log_p.to(log_q.dtype)), torch.cat((top, log_rest), -1))
+    return rows, within.mul_(gradient[:, -1:]).scatter_(-1, ids, gradient[:, :-1])
 
 
 def teacher_buckets(log_p: Tensor) -> Tensor:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from qtrain.distill.cached import AGAIN, MANIFEST, CachedLogits, CacheKey, Shard, file_hash, read_record
 from qtrain.distill.chunked_loss import chunks
-from qtrain.distill.divergence import log_softmax
 from qtrain.errors import DataError
 from qtrain.files import atomic_file, write_json
+from qtrain.kernels.divergence import log_softmax
 
 Row = TypeVar("Row")
 Progress = Callable[[Iterator[Any], int], Iterator[Any]]

@@ -54,6 +54,23 @@ def _scaled(x_ptr, factor_ptr, out_ptr, size, BLOCK: tl.constexpr):  # type: ign
 
 
 @triton.jit
+def _lanes(x, largest, total):  # type: ignore[no-untyped-def]
+    """Each lane's largest number so far and its sum of exp(number - largest), with one number more."""
+    # A lane without a finite number yet: 0 in place of -inf, for inf - inf is NaN.
+    higher = tl.where(x > largest, x, largest)
+    base = tl.where(higher == float("-inf"), 0.0, higher)
+    return higher, total * tl.exp(largest - base) + tl.exp(x - base)
+
+
+@triton.jit
+def _log_sum(largest, total):  # type: ignore[no-untyped-def]
+    """log of the sum over all lanes."""
+    top = tl.max(largest, axis=0)
+    base = tl.where(top == float("-inf"), 0.0, top)
+    return base + tl.log(tl.sum(total * tl.exp(largest - base), axis=0))
+
+
+@triton.jit
 def _rows(  # type: ignore[no-untyped-def]
     logits_ptr, target_ptr, losses_ptr, vocab, GRADIENT: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -68,14 +85,8 @@ def _rows(  # type: ignore[no-untyped-def]
     for step in range(STEPS):
         here = step * BLOCK + column
         x = tl.load(logits_ptr + here, mask=here < vocab, other=float("-inf")).to(tl.float32)
-        # A lane without a finite number yet: 0 in place of -inf, for inf - inf is NaN.
-        higher = tl.where(x > largest, x, largest)
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        total = total * tl.exp(largest - base) + tl.exp(x - base)
-        largest = higher
-    top = tl.max(largest, axis=0)
-    base = tl.where(top == float("-inf"), 0.0, top)
-    normalizer = base + tl.log(tl.sum(total * tl.exp(largest - base), axis=0))
+        largest, total = _lanes(x, largest, total)
+    normalizer = _log_sum(largest, total)
     tl.store(losses_ptr + row, normalizer - picked)
     if GRADIENT:
         for step in range(STEPS):

@@ -12,6 +12,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from qtrain.config.schema import Config
+from qtrain.distill import chunked_loss
+from qtrain.distill.chunked_loss import product_dtype
+from qtrain.distill.config import DistillSection
+from qtrain.kernels.divergence import one_pass
 from qtrain.modules.documents import known_rows, with_documents
 from qtrain.modules.linear_cross_entropy import CHUNK_BYTES
 from qtrain.modules.token_loss import INPUTS
@@ -153,8 +157,11 @@ def estimate(
     batch = probe_batch(rows, length, int(model.config.vocab_size), packing=config.data.packing, device=device)
     layer = layer_bytes(model, recompute.layers[len(recompute.layers) // 2], batch)
     state = state_bytes((p for p in model.parameters() if p.requires_grad), config.optimizer)
-    teacher = 2 if config.distill.loss != "none" else 1
-    head = teacher * head_bytes(model, rows * length, whole=loss_path.startswith("whole"))
+    whole = loss_path.startswith("whole")
+    if config.distill.loss == "none":
+        head = head_bytes(model, rows * length, whole=whole)
+    else:
+        head = taught_head_bytes(model, rows * length, config.distill, whole=whole)
     return Estimate(layer, len(recompute.layers), head, trained_bytes(model) + state)
 
 
@@ -177,6 +184,23 @@ def head_bytes(model: PreTrainedModel, tokens: int, *, whole: bool) -> int:
     logits += logits // 4 * 2 * size + (2 * logits if whole else 0)
     trains = vocab * width * 4 if head.weight.requires_grad else 0
     return logits + 3 * tokens * width * size + trains
+
+
+def taught_head_bytes(model: PreTrainedModel, tokens: int, section: DistillSection, *, whole: bool) -> int:
+    """The same where a teacher's logits stand beside."""
+    head = model.get_output_embeddings()
+    vocab, width = (int(size) for size in head.weight.shape)
+    dtype = product_dtype(head.weight)
+    size = dtype.itemsize
+    if one_pass(head.weight.device, dtype) and not section.cached:
+        logits = 2 * min(tokens * vocab * size, chunked_loss.CHUNK_BYTES)
+    else:  # both products, and what ``qtrain.kernels.divergence`` makes of them in fp32
+        numbers = min(tokens * vocab, chunked_loss.CHUNK_BYTES // 4)
+        logits = numbers * (2 * size + 4 * (5 if section.loss == "jsd" else 3))
+    if whole:
+        logits += 5 * tokens * vocab * size  # both, the rows of them that count, and the gradient
+    trains = vocab * width * (4 + size) if head.weight.requires_grad else 0
+    return logits + 6 * tokens * width * size + trains
 
 
 def layer_bytes(model: PreTrainedModel, layer: nn.Module, batch: Mapping[str, Tensor]) -> LayerBytes:

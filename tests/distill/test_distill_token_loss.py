@@ -76,9 +76,9 @@ def test_online(kind: str, tiny_llama: LlamaForCausalLM, judge: Any) -> None:
     student = moved(model)
     loss, path = choose_online(student, teacher, OBJECTIVE)
     assert path == (
-        "forward_kl from the teacher, in chunks"
+        "forward_kl from the teacher, plain PyTorch, in chunks"
         if kind == "llama"
-        else "whole logits: this head is more than a product"
+        else "whole logits, plain PyTorch: this head is more than a product"
     )
     assert student.training
     value = loss(batch())
@@ -97,7 +97,7 @@ def test_a_capped_teacher_of_a_plain_student(tiny_llama: LlamaForCausalLM, judge
     tiny_llama.resize_token_embeddings(500, mean_resizing=False)
     teacher = Teacher(capped())
     loss, path = choose_online(tiny_llama, teacher, OBJECTIVE)
-    assert path == "whole logits: this head is more than a product"
+    assert path == "whole logits, plain PyTorch: this head is more than a product"
     torch.testing.assert_close(loss(batch()).double(), own_loss(tiny_llama, teacher.model, judge), rtol=1e-4, atol=0)
 
 
@@ -178,5 +178,5 @@ def test_a_model_without_a_decoder_takes_the_whole_logits(tiny_llama: LlamaForCa
     teacher = Teacher(snapshot(tiny_llama))
     tiny_llama.get_decoder = None  # type: ignore[method-assign]
     loss, path = choose_online(tiny_llama, teacher, OBJECTIVE)
-    assert path.startswith("whole logits: 'NoneType'")
+    assert path.startswith("whole logits, plain PyTorch: 'NoneType'")
     assert torch.isfinite(loss(batch()))

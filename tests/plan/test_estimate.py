@@ -11,15 +11,18 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from torch.profiler import ProfilerActivity, profile
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from qtrain.config.compose import load_recipe
 from qtrain.data.datamodule import LanguageData
-from qtrain.training import live_bytes
+from qtrain.distill import chunked_loss
+from qtrain.training import live_bytes, recompute_budget
 from qtrain.training.live_bytes import LiveBytes, ShapeBytes, place, tensor_bytes
 from qtrain.training.module import LanguageModule
 from qtrain.training.plan.estimate import Estimator
 from qtrain.training.plan.plan import make_plan
 from qtrain.training.plan.shapes import held, prepared_shapes
+from qtrain.training.recompute_budget import taught_head_bytes
 from qtrain.training.trainer import trainer_arguments
 
 CPU = torch.device("cpu")
@@ -116,10 +119,11 @@ def test_the_estimate_is_the_allocators_peak(name: str, tiny_llama_dir: Path, te
 
 
 @ignored
-@pytest.mark.parametrize("name", ["nf4", "int8", "lora", "qat of everything", "peqa"])
+@pytest.mark.parametrize("name", ["nf4", "int8", "lora", "qat of everything", "peqa", "qat by adapters"])
 def test_shapes_take_what_numbers_take(name: str, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A large layer is never run on a CPU: its operations give the same count on shapes alone."""
-    config = load_recipe(None, f"model.path={tiny_llama_dir}", *METHODS[name])
+    taught = STEPS[name] if name == "qat by adapters" else []
+    config = load_recipe(None, f"model.path={tiny_llama_dir}", *METHODS[name], *taught)
     ids = torch.arange(200).view(2, 100)
     batch = {"input_ids": ids, "labels": ids, "position_ids": (torch.arange(100) % 50).expand(2, -1)}
     found = []
@@ -127,6 +131,52 @@ def test_shapes_take_what_numbers_take(name: str, tiny_llama_dir: Path, monkeypa
         monkeypatch.setattr(live_bytes, "REAL_FLOPS", most)
         found.append(Estimator(config, CPU).step(batch, config.optimizer, accumulates=False))
     assert found[0] == found[1]
+
+
+@ignored
+@pytest.mark.parametrize("chunk_rows", [128, 10**6], ids=["chunks", "one"])
+@pytest.mark.parametrize(("loss", "matrices"), [("forward_kl", 5), ("reverse_kl", 5), ("jsd", 7)])
+def test_a_student_s_head_is_counted_with_what_its_loss_makes_of_two_logits(
+    loss: str, matrices: int, chunk_rows: int, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both products, and three or five matrices beside them; the formula of run.recompute=auto says no less."""
+    words = [f"model.path={tiny_llama_dir}", f"distill.loss={loss}", *METHODS["qat"]]
+    config = load_recipe(None, *words)
+    ids = torch.arange(1500).view(3, 500) % 500
+    batch = {"input_ids": ids, "labels": ids}
+    monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", 4 * 512 * chunk_rows)
+    estimator = Estimator(config, CPU)
+    counted = estimator.step(batch, config.optimizer, accumulates=False).head
+    logits = 4 * 512 * min(chunk_rows, 3 * 499)
+    around = 1500 * 64 * 4 * 8 + 512 * 64 * 4 * 3  # hidden states and their gradients, the head's gradient
+    assert matrices * logits < counted < matrices * logits + around
+    model = estimator.one.plain
+    found = taught_head_bytes(model, 1500, config.distill, whole=False)
+    assert 0.95 * counted < found < 1.3 * counted
+    assert taught_head_bytes(model, 1500, config.distill, whole=True) > found + 4 * 1500 * 512 * 4
+    monkeypatch.setattr(recompute_budget, "one_pass", lambda *_: True)  # the student's and the teacher's alone
+    fused = taught_head_bytes(model, 1500, config.distill, whole=False)
+    assert found - fused == pytest.approx((matrices - 2) * logits, rel=0.01)
+    cached = config.distill.model_copy(update={"teacher_logits": "cached"})
+    assert taught_head_bytes(model, 1500, cached, whole=False) == found
+
+
+@ignored
+@pytest.mark.parametrize("teacher_logits", ["online", "cached"])
+def test_whole_logits_of_a_student_and_its_teacher(teacher_logits: str, tmp_path: Path) -> None:
+    sizes = {"vocab_size": 500, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0}
+    Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, final_logit_softcapping=5.0)).save_pretrained(tmp_path)
+    ids = torch.arange(800).view(2, 400) % 500
+    found = []
+    for loss in ("none", "forward_kl"):
+        words = [f"model.path={tmp_path}", f"distill.loss={loss}", *METHODS["qat"]]
+        words += [f"distill.teacher_logits={teacher_logits}", "distill.top_k=8"] if loss != "none" else []
+        config = load_recipe(None, *words)
+        estimator = Estimator(config, CPU)
+        assert estimator.one.whole_logits
+        found.append(estimator.step({"input_ids": ids, "labels": ids}, config.optimizer, accumulates=False).head)
+    assert found[1] > found[0] + (2 if teacher_logits == "online" else 1) * 4 * 800 * 500
 
 
 def test_live_bytes_come_and_go() -> None:

@@ -59,7 +59,7 @@ class Estimator:
             )
             for kind in self.one.kinds
         ]
-        head = self.one.head_bytes(batch)
+        head = self.one.head_bytes(batch, self._config.distill)
         paged = optimizer.name.startswith("paged") and self._on_gpu
         state = state_bytes((p for p in self.trained if not paged or p.numel() < PAGED_FROM), optimizer)
         memory = StepMemory(
@@ -72,7 +72,7 @@ class Estimator:
             teacher=self._teacher,
             workspace=self.one.workspace,
             entry=head.entry,
-            head=head.working * (2 if self._config.distill.loss != "none" else 1),
+            head=head.working,
             kinds=kinds,
             accumulates=accumulates,
             copies=self.trained_bytes if self._processes > 1 else 0,

@@ -12,6 +12,11 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt, Params4bit
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qtrain.distill.chunked_loss import product_dtype
+from qtrain.distill.config import DistillSection
+from qtrain.distill.divergence import Objective
+from qtrain.distill.linear_divergence import linear_divergence, logits_divergence
+from qtrain.distill.targets import Target, TeacherHead, TeacherLogits, TopK
 from qtrain.models.fused import fuse_layers
 from qtrain.modules.frozen_shapes import zeroed
 from qtrain.modules.head import head_factors
@@ -99,8 +104,8 @@ class OneLayer:
         with self._context():
             return layer_bytes(self.plain, kind.layer, batch)
 
-    def head_bytes(self, batch: Mapping[str, Tensor]) -> HeadBytes:
-        """Of embedding, last norm, output head and loss."""
+    def head_bytes(self, batch: Mapping[str, Tensor], distill: DistillSection) -> HeadBytes:
+        """Of embedding, last norm, output head and loss, that of ``distill`` where it has one."""
         ids, labels = batch["input_ids"].to(self._device), batch["labels"].to(self._device)
         chosen = int((labels[:, 1:] != -100).sum())
         flops = 6 * chosen * self.plain.get_output_embeddings().weight.numel()
@@ -111,8 +116,13 @@ class OneLayer:
         with meter(self._device, flops, chosen) as counter, self._context(), torch.enable_grad():
             trained = [p for p in self._outer_parameters() if p.requires_grad]
             hidden = hidden.detach().requires_grad_()
-            before = counter.now
-            loss = self._loss(self._through(hidden), labels)
+            if distill.loss == "none":
+                before = counter.now
+                loss = self._loss(self._through(hidden), labels)
+            else:
+                taught = self._taught(hidden)
+                before = counter.now
+                loss = self._divergence(self._through(hidden), labels[:, 1:], distill, taught)
             torch.autograd.grad(loss, [hidden, *trained], allow_unused=True)
             working = counter.peak - before
             del loss
@@ -124,6 +134,31 @@ class OneLayer:
             return linear_cross_entropy(x, weight, labels[:, 1:], bias)
         logits = self.plain.get_output_embeddings()(hidden)[:, :-1].float()
         return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
+
+    def _taught(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What stands for the teacher's head: weight and bias of this one's shapes, which the teacher's bytes hold."""
+        _, weight, bias = head_factors(self.plain, hidden[:, :-1])
+        dtype = product_dtype(weight)
+        return weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
+
+    def _divergence(
+        self, hidden: Tensor, labels: Tensor, section: DistillSection, taught: tuple[Tensor, Tensor | None]
+    ) -> Tensor:
+        objective = Objective.of(section)
+        target: Target
+        if section.cached:
+            few = (*labels.shape, section.top_k)
+            ids = torch.zeros(few, dtype=torch.int32, device=labels.device)
+            target = TopK(ids, torch.zeros(few, dtype=torch.float16, device=labels.device))
+        elif self.whole_logits:
+            of_teacher = self.plain.get_output_embeddings()(hidden.detach())[:, :-1]
+            target = TeacherLogits(of_teacher.detach())
+        else:
+            target = TeacherHead(hidden.detach()[:, :-1].clone(), *taught)
+        if self.whole_logits:
+            return logits_divergence(self.plain.get_output_embeddings()(hidden)[:, :-1], target, labels, objective)
+        x, weight, bias = head_factors(self.plain, hidden[:, :-1])
+        return linear_divergence(x, weight, target, labels, objective, bias)
 
     def _through(self, hidden: Tensor) -> Tensor:
         for module in self._after:
