@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from qtrain.kernels.int8_tiles import shared_memory
+from qtrain.kernels.int8_tiles import in_line, shared_memory
 from qtrain.kernels.quantize_rows import INTERPRETED, _to
 
 GROUP = 8
@@ -67,6 +67,7 @@ def int8_matmul(
         into: y is rounded and added to it, as it is written: a pass over three tensors less.
     """
     (m, k), n = a.shape, b.shape[0]
+    a_scale, b_scale, bias = in_line(a_scale, b_scale, bias)
     y = torch.empty(m, n, dtype=dtype, device=a.device) if into is None else into
     tiles = triton.cdiv(m, TILE.m) * triton.cdiv(n, TILE.n)
     # One number for all shapes, or each count of tiles would be compiled anew.

@@ -59,6 +59,15 @@ def test_rows_further_apart_than_they_are_long() -> None:
     assert torch.equal(found, plain_int8_matmul(a[:, :48], b[:, 32:80], s, t, None, torch.bfloat16))
 
 
+@KERNEL
+def test_scales_and_bias_that_lie_apart() -> None:
+    a, b, s, t, bias = operands(140, 264, 48, torch.bfloat16)
+    wanted = int8_bulk.int8_matmul(a, b, s, t, bias, torch.bfloat16)
+    s, t, bias = (torch.stack([one, torch.full_like(one, 7.0)], 1).flatten()[::2] for one in (s, t, bias))
+    assert s.stride() == (2,)
+    assert torch.equal(int8_bulk.int8_matmul(a, b, s, t, bias, torch.bfloat16), wanted)
+
+
 @pytest.mark.gpu
 def test_more_tiles_than_programs() -> None:
     a, b, s, t, _ = operands(2048, 4104, 272, torch.bfloat16)
