@@ -49,8 +49,10 @@ coverage: $(DEV)
 test-slow: $(DEV) $(MODEL)
 	$(BIN)/python -m pytest -m slow
 
+# The second time what runs anywhere: there it takes CUDA, and kernels are compiled.
 test-gpu:
 	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m pytest tests/kernels
 
 # Rows of benchmarks/bench_gpu.py (--plan lists them), side by side on several GPUs: make bench-gpu ROWS="qlora-7b 65b" GPUS=0,1
 ROWS := all
