@@ -60,6 +60,7 @@ GPUS := 0
 bench-gpu:
 	$(PYTHON) -m benchmarks.bench_gpu $(ROWS) --gpus $(GPUS) --table benchmarks/results/$(shell date +%F)-bench-gpu.md
 	$(MAKE) bench-kernels
+	CUDA_VISIBLE_DEVICES=$(GPUS) $(PYTHON) -m benchmarks.compiled_layers benchmarks/results/$(shell date +%F)-compiled-layers.md
 
 # Modules of qtrain/kernels, each beside its twin and a copy: make bench-kernels KERNELS="rms_norm gated"
 KERNELS :=

@@ -1,4 +1,4 @@
-"""The benchmark of the kernels at a tiny size: twins alone, and in Triton's interpreter beside the kernels."""
+"""The benchmarks of kernels and of a compiled layer at a tiny size: twins alone, and the kernels interpreted."""
 
 from __future__ import annotations
 
@@ -54,3 +54,18 @@ def test_kernels_give_what_their_twins_give(tmp_path: Path) -> None:
     assert absent == ["fp8_product: torch._scaled_mm", "int8_matmul: bulk"], "these alone need more than Triton"
     apart = {row[0]: float(row[-1]) for row in kernels if row[2]}
     assert len(apart) >= 22 and max(apart.values()) < 1e-6, apart
+
+
+def test_layers_compiled_fused_and_as_they_are(tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.compiled_layers", str(tmp_path / "table.md"), "--tiny"]
+    command += ["--rounds", "1", "--backend", "aot_eager"]
+    found = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=170
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+    rows = cells(tmp_path / "table.md")
+    assert [row[0] for row in rows] == ["QLoRA NF4 r 64"] * 3 + ["QAT W4 g32"] * 3, found.stdout
+    assert {row[1].partition(",")[0] for row in rows} == {"unfused", "fused"}
+    assert [bool(row[5]) for row in rows] == [False, False, True] * 2
+    assert all(float(row[2]) > 0 and float(row[-1]) < (1e-5 if not torch.cuda.is_available() else 0.1) for row in rows)
+    assert "QKV, O and MLP fused over nf4" in (tmp_path / "table.md").read_text()
