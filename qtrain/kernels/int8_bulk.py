@@ -35,6 +35,8 @@ class Tile(NamedTuple):
 TILE = Tile(128, 256, 128)
 """256 x 128 was 4 % slower, a depth of 64 15 %."""
 STAGES, WARPS = 4, 8
+INTERPRETED_PROGRAMS = 3
+"""Where there are no processors: fewer than tiles, so that programs take several."""
 SHARED_BYTES = 232_448
 """Of Hopper, for a program."""
 
@@ -71,7 +73,7 @@ def int8_matmul(
     y = torch.empty(m, n, dtype=dtype, device=a.device) if into is None else into
     tiles = triton.cdiv(m, TILE.m) * triton.cdiv(n, TILE.n)
     # One number for all shapes, or each count of tiles would be compiled anew.
-    programs = _processors(a.device.index) if a.is_cuda else tiles
+    programs = _processors(a.device.index) if a.is_cuda else INTERPRETED_PROGRAMS
     _product[(min(tiles, programs),)](
         TensorDescriptor.from_tensor(a, [TILE.m, TILE.k]),
         TensorDescriptor.from_tensor(b, [TILE.n, TILE.k]),
@@ -86,6 +88,7 @@ def int8_matmul(
         ADDED=into is not None,
         STEPS=triton.cdiv(k, TILE.k),
         PROGRAMS=programs,
+        TURNS=0 if a.is_cuda else triton.cdiv(tiles, programs),
         M=TILE.m,
         N=TILE.n,
         K=TILE.k,
@@ -128,16 +131,22 @@ def _product(  # type: ignore[no-untyped-def]
     ADDED: tl.constexpr,
     STEPS: tl.constexpr,
     PROGRAMS: tl.constexpr,
+    TURNS: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     down, across = tl.cdiv(m, M), tl.cdiv(n, N)
-    if INTERPRETED:  # its loops know no bounds but constants: there each tile has a program
-        place = _place(tl.program_id(0), down, across, GROUP)
-        y = _tile(place, a_tiles, b_tiles, a_scale_ptr, b_scale_ptr, bias_ptr, m, n, SCALES, BIAS, STEPS, M, N, K)
-        _store(y, y_tiles, place, ADDED, M, N)
+    if INTERPRETED:  # its loops know no bounds but constants
+        for turn in range(TURNS):
+            tile = tl.program_id(0) + turn * PROGRAMS
+            if tile < down * across:
+                place = _place(tile, down, across, GROUP)
+                y = _tile(
+                    place, a_tiles, b_tiles, a_scale_ptr, b_scale_ptr, bias_ptr, m, n, SCALES, BIAS, STEPS, M, N, K
+                )
+                _store(y, y_tiles, place, ADDED, M, N)
     else:
         for tile in tl.range(tl.program_id(0), down * across, PROGRAMS, flatten=True):
             place = _place(tile, down, across, GROUP)
