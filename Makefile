@@ -1,4 +1,4 @@
-# make demo | test | check | coverage | test-slow | test-gpu | bench-gpu | test-peer | consumers | test-consumers | clean
+# make demo | test | check | coverage | test-slow | test-gpu | bench-gpu | bench-kernels | test-peer | consumers | test-consumers | clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,7 +16,7 @@ $(DEV): $(STAMP)
 	$(PIP) -c constraints.txt -e ".[dev]"
 	touch $@
 
-.PHONY: install demo test check explore coverage test-slow test-gpu bench-gpu test-peer consumers test-consumers clean
+.PHONY: install demo test check explore coverage test-slow test-gpu bench-gpu bench-kernels test-peer consumers test-consumers clean
 install: $(DEV)
 
 MODEL := $(VENV)/.model
@@ -49,14 +49,23 @@ coverage: $(DEV)
 test-slow: $(DEV) $(MODEL)
 	$(BIN)/python -m pytest -m slow
 
+# The second time what runs anywhere: there it takes CUDA, and kernels are compiled.
 test-gpu:
 	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m pytest tests/kernels
 
 # Rows of benchmarks/bench_gpu.py (--plan lists them), side by side on several GPUs: make bench-gpu ROWS="qlora-7b 65b" GPUS=0,1
 ROWS := all
 GPUS := 0
 bench-gpu:
 	$(PYTHON) -m benchmarks.bench_gpu $(ROWS) --gpus $(GPUS) --table benchmarks/results/$(shell date +%F)-bench-gpu.md
+	$(MAKE) bench-kernels
+	CUDA_VISIBLE_DEVICES=$(GPUS) $(PYTHON) -m benchmarks.compiled_layers benchmarks/results/$(shell date +%F)-compiled-layers.md
+
+# Modules of qtrain/kernels, each beside its twin and a copy: make bench-kernels KERNELS="rms_norm gated"
+KERNELS :=
+bench-kernels:
+	CUDA_VISIBLE_DEVICES=$(GPUS) $(PYTHON) -m benchmarks.gpu.kernels $(KERNELS) --out benchmarks/results/$(shell date +%F)-kernels.md
 
 test-peer: $(DEV)
 	$(BIN)/python -m pytest -m peer

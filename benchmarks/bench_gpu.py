@@ -28,6 +28,7 @@ from typing import Any
 
 from benchmarks.gpu.rows import START, Case, Row, chosen
 from benchmarks.gpu.table import read_lines, render
+from benchmarks.result_file import free_name
 
 ROOT = Path(__file__).parent.parent
 PREFIX = "RESULT "
@@ -164,7 +165,7 @@ def main() -> int:
     parser.add_argument("--run-limit", type=float, default=300, help="seconds of a case")
     parser.add_argument("--out", type=Path, default=Path("runs/bench_gpu"), help="results.jsonl, log.txt, table.md")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "qtrain-bench", help="16 GB")
-    parser.add_argument("--table", type=Path, help="where the table goes; default: OUT/table.md")
+    parser.add_argument("--table", type=Path, help="where the table goes, -2 behind the name of one that is there")
     parser.add_argument("--plan", action="store_true", help="say what would run, and run nothing")
     parser.add_argument("--render", type=Path, nargs="+", metavar="FILE", help="run nothing, draw these results")
     parser.add_argument("--tiny", action="store_true", help="small models, on any device")
@@ -179,7 +180,7 @@ def main() -> int:
     if not asked.render:
         Sitting(rows, asked).run()
     text = render(read_lines(asked.render or [asked.out / "results.jsonl"]))
-    table: Path = asked.table or (asked.out / "table.md")
+    table: Path = free_name(asked.table) if asked.table else asked.out / "table.md"
     table.parent.mkdir(parents=True, exist_ok=True)
     table.write_text(text, encoding="utf-8")
     print(text)

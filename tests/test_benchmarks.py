@@ -69,6 +69,12 @@ def test_ratios_are_those_of_one_sitting_on_one_gpu(tmp_path: Path) -> None:
         "≤ 1.00",
     ]
     assert "- peft-full: no peft" in found.stdout
+    drawn = (tmp_path / "table.md").read_text()
+    (tmp_path / "table.md").write_text("annotated by hand")
+    for name in ("table-2.md", "table-3.md"):
+        assert bench("--render", results, "--table", tmp_path / "table.md").returncode == 0
+        assert (tmp_path / name).read_text() == drawn
+    assert (tmp_path / "table.md").read_text() == "annotated by hand"
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ def fits(logits: Tensor) -> bool:
 
 def cross_entropy_(logits: Tensor, target: Tensor, *, gradient: bool) -> Tensor:
     """As ``qtrain.kernels.cross_entropy.cross_entropy_``; logits contiguous."""
+    assert logits.is_contiguous(), logits.stride()
     rows, vocab = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     block = min(BLOCK, triton.next_power_of_2(vocab))
@@ -40,6 +41,7 @@ def cross_entropy_(logits: Tensor, target: Tensor, *, gradient: bool) -> Tensor:
 
 def scaled(x: Tensor, factor: Tensor) -> Tensor:
     """x * factor [] in x's dtype; x contiguous."""
+    assert x.is_contiguous(), x.stride()
     out = torch.empty_like(x)
     _scaled[(triton.cdiv(x.numel(), BLOCK),)](x, factor, out, x.numel(), BLOCK=BLOCK, num_warps=8)
     return out

@@ -48,7 +48,7 @@ def backward(
     Args:
         scales: what ``forward`` gave: divisors too where they are kept in fp32, else they are found again.
     """
-    gate, up, gradient = gate.contiguous(), up.contiguous(), gradient.contiguous()
+    gate, up, gradient, scales = gate.contiguous(), up.contiguous(), gradient.contiguous(), scales.contiguous()
     rows, size = gate.shape
     d_gate, d_up = torch.empty_like(gate), torch.empty_like(gate)
     known = spec.scale_dtype == "fp32"

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from qtrain.kernels.int8_tiles import shared_memory
+from qtrain.kernels.int8_tiles import in_line, shared_memory
 from qtrain.kernels.quantize_rows import INTERPRETED, _to
 
 GROUP = 8
@@ -35,6 +35,8 @@ class Tile(NamedTuple):
 TILE = Tile(128, 256, 128)
 """256 x 128 was 4 % slower, a depth of 64 15 %."""
 STAGES, WARPS = 4, 8
+INTERPRETED_PROGRAMS = 3
+"""Where there are no processors: fewer than tiles, so that programs take several."""
 SHARED_BYTES = 232_448
 """Of Hopper, for a program."""
 
@@ -67,10 +69,11 @@ def int8_matmul(
         into: y is rounded and added to it, as it is written: a pass over three tensors less.
     """
     (m, k), n = a.shape, b.shape[0]
+    a_scale, b_scale, bias = in_line(a_scale, b_scale, bias)
     y = torch.empty(m, n, dtype=dtype, device=a.device) if into is None else into
     tiles = triton.cdiv(m, TILE.m) * triton.cdiv(n, TILE.n)
     # One number for all shapes, or each count of tiles would be compiled anew.
-    programs = _processors(a.device.index) if a.is_cuda else tiles
+    programs = _processors(a.device.index) if a.is_cuda else INTERPRETED_PROGRAMS
     _product[(min(tiles, programs),)](
         TensorDescriptor.from_tensor(a, [TILE.m, TILE.k]),
         TensorDescriptor.from_tensor(b, [TILE.n, TILE.k]),
@@ -85,6 +88,7 @@ def int8_matmul(
         ADDED=into is not None,
         STEPS=triton.cdiv(k, TILE.k),
         PROGRAMS=programs,
+        TURNS=0 if a.is_cuda else triton.cdiv(tiles, programs),
         M=TILE.m,
         N=TILE.n,
         K=TILE.k,
@@ -127,16 +131,22 @@ def _product(  # type: ignore[no-untyped-def]
     ADDED: tl.constexpr,
     STEPS: tl.constexpr,
     PROGRAMS: tl.constexpr,
+    TURNS: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     down, across = tl.cdiv(m, M), tl.cdiv(n, N)
-    if INTERPRETED:  # its loops know no bounds but constants: there each tile has a program
-        place = _place(tl.program_id(0), down, across, GROUP)
-        y = _tile(place, a_tiles, b_tiles, a_scale_ptr, b_scale_ptr, bias_ptr, m, n, SCALES, BIAS, STEPS, M, N, K)
-        _store(y, y_tiles, place, ADDED, M, N)
+    if INTERPRETED:  # its loops know no bounds but constants
+        for turn in range(TURNS):
+            tile = tl.program_id(0) + turn * PROGRAMS
+            if tile < down * across:
+                place = _place(tile, down, across, GROUP)
+                y = _tile(
+                    place, a_tiles, b_tiles, a_scale_ptr, b_scale_ptr, bias_ptr, m, n, SCALES, BIAS, STEPS, M, N, K
+                )
+                _store(y, y_tiles, place, ADDED, M, N)
     else:
         for tile in tl.range(tl.program_id(0), down * across, PROGRAMS, flatten=True):
             place = _place(tile, down, across, GROUP)

@@ -54,6 +54,7 @@ def int8_matmul(
 ) -> Tensor:
     """y = (a b^T) a_scale b_scale^T + bias [m, n] in ``dtype``; any strides, fast where k is contiguous."""
     (m, k), n = a.shape, b.shape[0]
+    a_scale, b_scale, bias = in_line(a_scale, b_scale, bias)
     y = torch.empty(m, n, dtype=dtype, device=a.device)
     chosen = tiles or _chosen(m, n, a.device.index if a.is_cuda else None)
     _product[(-(-m // chosen.m) * -(-n // chosen.n),)](
@@ -82,6 +83,17 @@ def int8_matmul(
         num_stages=chosen.num_stages,
     )
     return y
+
+
+def in_line(
+    a_scale: Tensor, b_scale: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The same, each contiguous, as the kernels read them."""
+    return (
+        a_scale.contiguous(),
+        None if b_scale is None else b_scale.contiguous(),
+        None if bias is None else bias.contiguous(),
+    )
 
 
 @lru_cache(maxsize=4096)

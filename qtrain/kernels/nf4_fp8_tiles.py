@@ -35,7 +35,8 @@ def codes(words: Tensor, state: QuantState, scale: Tensor, dtype: torch.dtype, t
     out = torch.empty(shape, dtype=torch.float8_e4m3fn, device=words.device)
     second = state.state2 if state.nested else state
     offset = state.offset if state.nested else state.code
-    known = (words.reshape(-1).view(torch.int32), out, scale, state.code, state.absmax, second.code, second.absmax)
+    levels = (state.code, state.absmax, second.code, second.absmax)
+    known = (words.reshape(-1).view(torch.int32), out, scale.contiguous(), *levels)
     kinds = {
         "DTYPE": _TYPES[dtype],
         "PER_BLOCK": state.blocksize // 8,

@@ -85,8 +85,9 @@ def backward(
     low, high = rule.edges()
     d_x = torch.empty_like(x) if needs[0] else None
     learns = needs[1] and not isinstance(rule, Static)
-    d_scale = torch.empty_like(scale) if learns else None
-    d_offset = torch.empty_like(offset) if needs[2] and offset is not None and learns else None
+    # The kernel writes a row after the other, however those of the range lie.
+    d_scale = _in_line(scale) if learns else None
+    d_offset = _in_line(offset) if needs[2] and offset is not None and learns else None
     _backward[launch.grid](
         x,
         gradient,
@@ -106,6 +107,10 @@ def backward(
         **launch.constants,
     )
     return Gradients(d_x, d_scale, d_offset)
+
+
+def _in_line(like: Tensor) -> Tensor:
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
 # Found anew for each launch these took longer than Triton's own work on the host (22 of 75 us).

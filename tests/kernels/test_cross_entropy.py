@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from qtrain.kernels import cross_entropy
@@ -118,3 +119,34 @@ def test_masked_words_and_nan() -> None:
         assert torch.allclose(found[row].double(), wanted[0][row], rtol=2e-6)
         assert torch.allclose(logits[row].double(), wanted[1][row], atol=1e-6)
     assert bool(found[1].isnan()) and bool(logits[1].isnan().all())
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_strided_logits_are_left_to_the_plain_one(dtype: torch.dtype) -> None:
+    """Their gradient is written where they lie, so the kernel, which reads rows in line, is not to have them."""
+    logits, target = example(6, 50, dtype)
+    wide = torch.cat([logits, torch.full_like(logits, 9.0)], 1)
+    losses, gradient = judged(logits, target)
+    for apart in (logits.t().contiguous().t(), wide[:, :50]):
+        assert not apart.is_contiguous() and not cross_entropy.one_pass(apart)
+        assert torch.equal(cross_entropy.scaled(apart, losses.new_tensor(0.5).float()), logits * 0.5)
+        assert torch.allclose(cross_entropy_(apart, target, gradient=True).double(), losses, rtol=2e-6, atol=2e-6)
+        assert torch.allclose(apart.double(), gradient, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype] / 10)
+    assert bool((wide[:, 50:] == 9).all())
+
+
+@pytest.mark.skipif(cross_entropy_tiles is None, reason="needs Triton")
+def test_the_kernel_knows_contiguous_logits_alone() -> None:
+    assert cross_entropy_tiles is not None
+    with FakeTensorMode():  # a GPU's tensors where there is none
+        logits = torch.empty(6, 50, device="cuda")
+        assert cross_entropy_tiles.fits(logits)
+        assert not cross_entropy_tiles.fits(logits.t())
+        assert not cross_entropy_tiles.fits(torch.empty_strided((6, 40), (50, 1), device="cuda"))
+        assert not cross_entropy_tiles.fits(logits.double())
+        assert not cross_entropy_tiles.fits(torch.empty(0, 50, device="cuda"))
+    logits, target = example(6, 50, torch.float32)
+    with pytest.raises(AssertionError, match=r"\(1, 50\)"):
+        cross_entropy_tiles.cross_entropy_(logits.t(), target, gradient=True)
+    with pytest.raises(AssertionError, match=r"\(1, 50\)"):
+        cross_entropy_tiles.scaled(logits.t(), torch.tensor(0.5))

@@ -66,6 +66,10 @@ def test_strides_and_extremes() -> None:
     assert gated_tiles is not None
     gate, up, upper = (tensor.t() for tensor in numbers((6, 10), torch.float32))
     assert torch.allclose(gated_tiles.forward(gate, up), F.silu(gate) * up, rtol=1e-6, atol=1e-6)
+    wanted = gated_tiles.backward(gate.contiguous(), up.contiguous(), upper.contiguous())
+    for spent in (False, True):
+        for found, own in zip(gated_tiles.backward(gate, up, upper.clone(), spent=spent), wanted, strict=True):
+            assert torch.equal(found, own)
     gate = torch.tensor([float("nan"), 200.0, -200.0, 0.0], device=gate.device)
     h, d_gate, d_up = gated_tiles.backward(gate, torch.ones_like(gate), torch.ones_like(gate))
     assert bool(h[0].isnan() and d_gate[0].isnan() and d_up[0].isnan())

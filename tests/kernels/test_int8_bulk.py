@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from qtrain.kernels.int8_linear import int8_linear
 from qtrain.kernels.int8_matmul import int8_matmul, plain_int8_matmul
+from qtrain.numerics.rules import Dynamic
+from qtrain.numerics.spec import QuantSpec
 
 triton = pytest.importorskip("triton", reason="CPU installs of torch come without triton")
 
@@ -57,6 +61,59 @@ def test_rows_further_apart_than_they_are_long() -> None:
     a, b, s, t, _ = operands(140, 256, 96, torch.bfloat16)
     found = int8_bulk.int8_matmul(a[:, :48], b[:, 32:80], s, t, None, torch.bfloat16)
     assert torch.equal(found, plain_int8_matmul(a[:, :48], b[:, 32:80], s, t, None, torch.bfloat16))
+
+
+@KERNEL
+def test_scales_and_bias_that_lie_apart() -> None:
+    a, b, s, t, bias = operands(140, 264, 48, torch.bfloat16)
+    wanted = int8_bulk.int8_matmul(a, b, s, t, bias, torch.bfloat16)
+    s, t, bias = (torch.stack([one, torch.full_like(one, 7.0)], 1).flatten()[::2] for one in (s, t, bias))
+    assert s.stride() == (2,)
+    assert torch.equal(int8_bulk.int8_matmul(a, b, s, t, bias, torch.bfloat16), wanted)
+
+
+@KERNEL
+@pytest.mark.parametrize("size", [(128, 1536, 16), (1290, 264, 16), (300, 1104, 16)], ids=str)
+def test_programs_that_take_several_tiles(size: tuple[int, int, int]) -> None:
+    """One row of tiles, more rows of them than go through the columns together, and a last turn that not all have."""
+    tile = int8_bulk.TILE
+    tiles = triton.cdiv(size[0], tile.m) * triton.cdiv(size[1], tile.n)
+    assert ON_GPU or tiles > int8_bulk.INTERPRETED_PROGRAMS
+    a, b, s, t, _ = operands(*size, torch.bfloat16)
+    found = int8_bulk.int8_matmul(a, b, s, t, None, torch.bfloat16)
+    assert torch.equal(found, plain_int8_matmul(a, b, s, t, None, torch.bfloat16))
+
+
+@KERNEL
+def test_gradients_of_a_layer_whose_products_are_in_bulk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """y, dL/dx in bytes and dL/dW, against float64 of the very levels that are multiplied."""
+    made: list[tuple[int, ...]] = []
+
+    def counted(a: Tensor, b: Tensor, *rest: Any) -> Tensor:
+        made.append((len(a), len(b), a.shape[1]))
+        return kernel(a, b, *rest)
+
+    kernel = int8_bulk.int8_matmul
+    monkeypatch.setattr(int8_bulk, "fits", lambda a, b, dtype: True)
+    monkeypatch.setattr(int8_bulk, "int8_matmul", counted)
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(130, 288, generator=generator).to(DEVICE, torch.bfloat16).requires_grad_()
+    weight = torch.randn(272, 288, generator=generator).to(DEVICE, torch.bfloat16).requires_grad_()
+    upper = torch.randn(130, 272, generator=generator).to(DEVICE, torch.bfloat16)
+    by_row, by_token = (
+        Dynamic(QuantSpec(format, granularity=kind, group_size=None, scale_dtype="fp32"))
+        for format, kind in (("int4", "per_channel"), ("int8", "per_token"))
+    )
+    y = int8_linear(x, weight, None, weight_rule=by_row, input_rule=by_token, byte_gradient=True)
+    d_x, d_w = torch.autograd.grad(y, (x, weight), upper)
+    assert made == [(130, 272, 288), (130, 288, 272)]
+    levels, inputs = (rule.forward(of.detach()).double() for rule, of in ((by_row, weight), (by_token, x)))
+    for found, exact, within in (
+        (y, inputs @ levels.t(), 2**-8),
+        (d_x, upper.double() @ levels, 0.02),  # dy is rounded to bytes for it
+        (d_w, upper.double().t() @ inputs, 2**-8),
+    ):
+        assert 0 < float((found.detach().double() - exact).norm()) <= within * float(exact.norm())
 
 
 @pytest.mark.gpu

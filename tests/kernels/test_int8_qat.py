@@ -218,6 +218,10 @@ def test_kernel_of_products_takes_strides() -> None:
     wanted = plain_int8_matmul(a, b, s, t, bias, torch.float32)
     for one, other in ((a.t().contiguous().t(), b), (a, b.t().contiguous().t())):
         assert torch.allclose(int8_tiles.int8_matmul(one, other, s, t, bias, torch.float32), wanted, rtol=1e-6)
+    # Every second number of what is twice as long, other numbers between.
+    s, t, bias = (torch.stack([one, torch.full_like(one, 7.0)], 1).flatten()[::2] for one in (s, t, bias))
+    assert s.stride() == (2,)
+    assert torch.allclose(int8_tiles.int8_matmul(a, b, s, t, bias, torch.float32), wanted, rtol=1e-6)
 
 
 # ---------------------------------------------------------------- layers

@@ -113,6 +113,10 @@ def test_straight_to_fp8_as_by_way_of_the_weight(
     codes, scale = plain_fp8_rows(by_definition(words, state, dtype))
     found = kernel.nf4_fp8_tiles.codes(words, state, scale, dtype, turn)
     assert found.is_contiguous() and torch.equal((found.t() if turn else found).float(), codes.float())
+    apart = torch.cat([scale, torch.full_like(scale, 7.0)], 1)[:, :1]
+    assert apart.stride(0) == 2
+    again = kernel.nf4_fp8_tiles.codes(words, state, apart, dtype, turn)
+    assert torch.equal(again.float(), found.float())
 
 
 @pytest.mark.parametrize("known", [False, True])

@@ -125,3 +125,25 @@ def test_what_the_kernels_know(spec: QuantSpec) -> None:
 
     assert quantize_rows.knows(Dynamic(spec).key, (3, 48)) and not quantize_rows.knows(Dynamic(spec).key, (0, 48))
     assert not quantize_rows.knows(Dynamic(replace(spec, granularity="per_tensor", group_size=None)).key, (3, 48))
+
+
+@pytest.mark.skipif(not (ON_GPU or INTERPRETED), reason="needs a GPU or the interpreter")
+@pytest.mark.parametrize("spec", [SPECS[0], SPECS[4], SPECS[6]], ids=lambda spec: f"{spec.format}-{spec.granularity}")
+def test_gradients_of_a_range_whose_numbers_lie_apart(spec: QuantSpec) -> None:
+    from qtrain.kernels import quantize_rows
+
+    x, upper = tensors((6, 48), torch.float32, spec)
+    rule, scale, offset = learned(Learned, spec, x)
+    assert isinstance(rule, Learned)
+    apart = scale.repeat(1, 2)[:, ::2] if scale.shape[1] == 1 else scale.t().contiguous().t()
+    moved = None if offset is None else offset.t().contiguous().t()
+    assert torch.equal(apart, scale) and not apart.is_contiguous()
+    assert torch.equal(quantize_rows.forward(rule, x, apart, moved), rule.forward(x, scale, offset))
+    needs = (True, True, offset is not None)
+    found = quantize_rows.backward(rule, x, apart, moved, upper, needs)
+    wanted = rule.backward(x, scale, offset, upper, needs)
+    assert found.x is not None and wanted.x is not None and torch.equal(found.x, wanted.x)
+    for one, other in ((found.scale, wanted.scale), (found.offset, wanted.offset)):
+        assert (one is None) == (other is None)
+        if one is not None and other is not None:
+            assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)

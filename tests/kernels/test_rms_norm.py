@@ -74,6 +74,10 @@ def test_kernels_are_their_twins(shape: tuple[int, int], dtype: torch.dtype) -> 
     # The two parts of dx, of which nothing is left where a row is one number.
     part = (r.reshape(-1, 1) * dy.float() * weight.float()).norm()
     assert found.dtype == dtype and (found - wanted).float().norm() <= tolerance * part
+    apart, again = x.t().contiguous().t(), torch.empty_like(x)
+    spread = torch.stack([weight, torch.full_like(weight, 7.0)], 1).flatten()[::2]
+    assert torch.equal(kernel.rms_norm_tiles.forward(apart, spread, 1e-5, again), r) and torch.equal(again, y)
+    assert torch.equal(kernel.rms_norm_tiles.backward(apart, spread, r, dy), found)
 
 
 def test_a_weight_that_trains_is_not_taken() -> None:

@@ -1,0 +1,1 @@
+"""What is timed of each kernel, a file for each kind."""
