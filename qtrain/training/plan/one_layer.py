@@ -23,7 +23,7 @@ from qtrain.modules.head import head_factors
 from qtrain.modules.linear_cross_entropy import linear_cross_entropy
 from qtrain.modules.quantizers import quantizers
 from qtrain.modules.token_loss import INPUTS
-from qtrain.training.live_bytes import meter, tensor_bytes
+from qtrain.training.live_bytes import meter, place, tensor_bytes
 from qtrain.training.plan.shapes import Shapes, held
 from qtrain.training.recompute import Recompute
 from qtrain.training.recompute_budget import LayerBytes, layer_bytes
@@ -196,14 +196,14 @@ class OneLayer:
 
     def _head_is_a_product(self) -> bool:
         """Whether the logits are what the head gives, and it is given what the decoder gives, untouched between."""
-        seen: dict[str, int] = {}
+        seen: dict[str, Tensor] = {}  # kept alive, or another tensor might take the place of one
 
         def note(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
                 found = output if isinstance(output, Tensor) else output[0]
-                seen[name] = found.untyped_storage().data_ptr()
+                seen[name] = found
                 if inputs:
-                    seen[f"into {name}"] = inputs[0].untyped_storage().data_ptr()
+                    seen[f"into {name}"] = inputs[0]
 
             return hook
 
@@ -215,7 +215,7 @@ class OneLayer:
         finally:
             for handle in handles:
                 handle.remove()
-        return seen["head"] == logits.untyped_storage().data_ptr() and seen["decoder"] == seen["into head"]
+        return place(seen["head"]) == place(logits) and place(seen["decoder"]) == place(seen["into head"])
 
     def _probe(self) -> Tensor:
         return torch.arange(1, PROBE_TOKENS + 1, device=self._device)[None]
