@@ -211,7 +211,8 @@ def content(run: Path) -> dict[str, Any]:
         "loops": checkpoint["loops"]["fit_loop"],
         "random states": checkpoint[KEY]["random_states"],
         "metrics": figures(run),
-        "fit": {key: value for key, value in fit.items() if not any(word in key for word in timed)},
+        # "model" is what was said at the start: a resumed run reads a base that the first one made.
+        "fit": {key: value for key, value in fit.items() if key != "model" and not any(word in key for word in timed)},
     }
 
 

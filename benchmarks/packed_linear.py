@@ -16,9 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -72,19 +70,9 @@ def works(spec: QuantSpec, x: Tensor, dy: Tensor) -> dict[str, list[Work]]:
         Work(name, lambda p=p: packed_weight(p, scale, zero, x.dtype), moved, "GB/s", number) for name, p in chosen
     ]
     learning = [Work(name, gradient(p), flops, "TFLOP/s", 4 * scale.numel()) for name, p in chosen]
-    tiles = kernel.group_gradient_tiles
-    if len(chosen) > 1 and tiles is not None and tiles.fits(dy, x, columns // scale.shape[1]):
-        parts = partial(in_parts, gradient(tiled))
-        learning.append(Work("triton, parts", parts, flops, "TFLOP/s", 4 * scale.numel()))
     learning.append(Work("dY^T X alone", lambda: dy.t() @ x, flops, "TFLOP/s", number))
     # One scale a row is learned from dY and Y; its group-wise kernel serves where zero points train too.
     return {"dequantization": unpacking, "scale gradient": learning}
-
-
-def in_parts(run: Callable[[], object]) -> object:
-    """By cuBLAS and a kernel that sums, some rows at a time, where one kernel would do all."""
-    with mock.patch.object(kernel.group_gradient_tiles, "fits", lambda *given: False):
-        return run()
 
 
 def measure(work: list[Work], device: torch.device, rounds: int) -> list[tuple[float, int]]:

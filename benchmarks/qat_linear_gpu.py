@@ -74,7 +74,7 @@ def layers(width: int, out: int) -> dict[str, nn.Module]:
         from torchao.quantization.qat import FakeQuantizedLinear, IntxFakeQuantizeConfig
     except ImportError:
         return found
-    inputs = IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=True)
+    inputs = IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False)  # by token it has no other
     for name, weights in (
         ("torchao W8A8", IntxFakeQuantizeConfig(torch.int8, "per_channel")),
         ("torchao W4 g32 A8", IntxFakeQuantizeConfig(torch.int4, group_size=32)),

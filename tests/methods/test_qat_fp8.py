@@ -189,7 +189,7 @@ def test_on_a_gpu_it_runs_by_itself(tiny_llama: Any) -> None:
         with torch.autocast("cuda", torch.bfloat16):
             loss = tiny_llama.train()(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         gradients.append({n: p.grad.clone() for n, p in tiny_llama.named_parameters() if p.grad is not None})
     assert losses == pytest.approx([losses[2]] * 3, rel=5e-3)
     assert apart(gradients[1], gradients[2]) < 1e-3 and apart(gradients[0], gradients[2]) < 0.1
