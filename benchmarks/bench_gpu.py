@@ -128,7 +128,7 @@ class Sitting:
         found |= {"row": row.name, "case": case.name, "gpu": gpu, "sitting": self.name, "tiny": self.asked.tiny}
         why = found.get("not_run") or found.get("not_here") or found.get("failed")
         shown = why or f"{found['tokens_per_second']:,.0f} tokens/s, {found['peak_gib']} GiB"
-        print(f"{row.name:<13}{case.name:<26}GPU {gpu}  {found.get('wall_seconds', 0):>5.0f} s  {shown}", flush=True)
+        print(f"{row.name:<13}{case.name:<32}GPU {gpu}  {found.get('wall_seconds', 0):>5.0f} s  {shown}", flush=True)
         if "not_run" in found:
             return
         with self.lock, self.results.open("a", encoding="utf-8") as lines:
@@ -142,7 +142,7 @@ def plan(rows: Sequence[Row], gpus: int) -> str:
     lines = []
     for row in rows:
         lines.append(f"{row.name:<14}{row.seconds:>6.0f} s  {row.title}")
-        lines += [f"    {case.name:<24}{case.seconds:>6.0f} s" for case in row.cases]
+        lines += [f"    {case.name:<30}{case.seconds:>6.0f} s" for case in row.cases]
     ends = [0.0] * gpus
     made = float(MAKE_CHECKPOINT)
     waiting = list(rows)

@@ -31,15 +31,18 @@ SHAPES = {"1b": LLAMA_1B, "7b-layers": LAYERS_7B}
 W8A8 = ("method.weight.format=int8", "method.activation.format=int8")
 W4A8 = ("method.weight.format=int4", "method.activation.format=int8")
 W4_G32 = ("method.weight.format=int4", "method.weight.group_size=32")
-INT8 = "method.kernels=int8"
+INT8, GRAPHS = "method.kernels=int8", "run.cuda_graphs=true"
 SPECS: dict[str, tuple[str, ...]] = {
     "w8a8-triton": (*W8A8, "method.kernels=triton"),
     "w8a8-int8": (*W8A8, INT8),
     "w8a8-int8-gradient": (*W8A8, INT8, "method.input_gradient=int8"),
-    "w8a8-int8-graphs": (*W8A8, INT8, "run.cuda_graphs=true"),
+    "w8a8-int8-graphs": (*W8A8, INT8, GRAPHS),
+    "w8a8-int8-gradient-graphs": (*W8A8, INT8, "method.input_gradient=int8", GRAPHS),
     "w4a8-triton": (*W4A8, "method.kernels=triton"),
     "w4a8-int8": (*W4A8, INT8),
     "w4a8-int8-gradient": (*W4A8, INT8, "method.input_gradient=int8"),
+    "w4a8-int8-graphs": (*W4A8, INT8, GRAPHS),
+    "w4a8-int8-gradient-graphs": (*W4A8, INT8, "method.input_gradient=int8", GRAPHS),
     "w4g32": W4_G32,
     "8da4w": (*W4_G32, "method.activation.format=int8", "method.activation.symmetric=false"),
 }

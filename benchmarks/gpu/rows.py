@@ -100,9 +100,12 @@ def _qat(shape: str, rate: float, full: float, low: float) -> tuple[Case, ...]:
         ("w8a8-int8", full, 0.90, 1.0),
         ("w8a8-int8-gradient", low, 0.90, 1.1),
         ("w8a8-int8-graphs", full, None, 1.0),  # replayed layers keep their gradients' memory
+        ("w8a8-int8-gradient-graphs", low, None, 1.1),
         ("w4a8-triton", full, 0.90, 0.8),
         ("w4a8-int8", full, 0.90, 1.0),
         ("w4a8-int8-gradient", low, 0.90, 1.1),
+        ("w4a8-int8-graphs", full, None, 1.0),
+        ("w4a8-int8-gradient-graphs", low, None, 1.1),
         ("w4g32", 0.97, 1.02, 0.9),
         ("8da4w", 0.92, 1.02, 0.8),
     ):

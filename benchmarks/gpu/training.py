@@ -66,7 +66,7 @@ def fit_command(
         raise NotHere(" ".join(errors.getvalue().split())[:300] or f"exit status {status}")
     fit = json.loads((directory / "fit.json").read_text(encoding="utf-8"))
     shutil.rmtree(directory)  # adapter and checkpoint: 2 GB of a 7B
-    facts = ("layers ", "blocks ", "loss ", "recompute ", "kernels ", "products ", "base ")
+    facts = ("layers ", "blocks ", "loss ", "attention ", "recompute ", "kernels ", "products ", "base ")
     said = [" ".join(line.split()) for line in shown.getvalue().splitlines() if line.startswith(facts)]
     more = {"fit_seconds": fit["seconds"], "train_loss": fit["train_loss"]}
     peak = fit["peak_gib"] if torch.cuda.is_available() else None
@@ -101,6 +101,7 @@ def train_ours(
     trained = [p for p in module.model.parameters() if p.requires_grad]
     found.said = [*lines.said, f"layers {module.fused}", f"loss {module.loss_path}", f"recompute {module.recompute}"]
     found.said += [f"blocks {module.blocks}"] if module.blocks else []
+    found.said.append(f"attention {module.attention}")
     found.more["state_gib"] = round(state_bytes(trained, config.optimizer) / 2**30, 3)
     return found
 

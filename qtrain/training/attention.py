@@ -82,8 +82,8 @@ class Attention:
         """In which torch tries the fastest first."""
         if not self._order:
             return nullcontext()
-        rest = [SDPBackend.MATH]
-        return sdpa_kernel([*self._order, *rest], set_priority=True)
+        rest = [back_end for back_end in (*BACK_ENDS, SDPBackend.MATH) if back_end not in self._order]
+        return sdpa_kernel([*self._order, *rest], set_priority=True)  # none is shut out: other layers differ
 
     def __str__(self) -> str:
         if self._why_not is None and attends_by_document(self._model):

@@ -99,8 +99,8 @@ def test_the_fastest_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(found) == "sdpa by flash 1.23 ms, cuDNN 2.00 ms a layer, the first taken"
     with found.in_order():
         priority = torch._C._get_sdp_priority_order()
-    first = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
-    assert priority[:3] == [int(one) for one in first]
+    first = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    assert priority[:4] == [int(one) for one in first]
     assert torch._C._get_sdp_priority_order() != priority
 
 
