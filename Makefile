@@ -32,7 +32,7 @@ demo: $(MODEL)
 # Files of tests side by side: half the time on two cores. Of one hash seed, for both must name all tests alike.
 WORKERS := 2
 test: $(DEV)
-	PYTHONHASHSEED=0 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	PYTHONHASHSEED=0 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 explore: $(DEV)
 	HYPOTHESIS_PROFILE=explore $(BIN)/python -m pytest

@@ -42,6 +42,11 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """First the one test that takes four minutes: begun last, it runs alone while the other workers are done."""
+    items.sort(key=lambda item: item.path.name != "test_interpreter.py")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def interruptible() -> None:
     """SIGINT is answered, here and in processes that are started: as a script's background job it would be ignored."""
