@@ -55,14 +55,22 @@ def plain_document_attention(
 
 def why_not_flash(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     """What keeps torch's flash attention from these, in words; None where nothing does."""
-    if not query.is_cuda:
+    dtypes = {tensor.dtype for tensor in (query, key, value)}
+    if len(dtypes) > 1:
+        return "queries, keys and values of several dtypes"
+    return flash_refuses(query.dtype, (query.shape[-1], value.shape[-1]), query.device)
+
+
+def flash_refuses(dtype: torch.dtype, widths: tuple[int, int], device: torch.device) -> str | None:
+    """The same of heads that are not there yet, ``widths`` of queries and of values."""
+    if device.type != "cuda":
         return "no GPU"
-    if query.dtype not in DTYPES or not query.dtype == key.dtype == value.dtype:
-        return f"{str(query.dtype).removeprefix('torch.')} scores"
-    width = query.shape[-1]
-    if width % 8 or width > LARGEST_HEAD or value.shape[-1] != width:
-        return f"heads of {width} and {value.shape[-1]}"
-    return None if torch.cuda.get_device_capability(query.device) >= (8, 0) else "a GPU before Ampere"
+    if dtype not in DTYPES:
+        return f"{str(dtype).removeprefix('torch.')} scores"
+    width = widths[0]
+    if width % 8 or width > LARGEST_HEAD or widths[1] != width:
+        return f"heads of {width} and {widths[1]}"
+    return None if torch.cuda.get_device_capability(device) >= (8, 0) else "a GPU before Ampere"
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -79,8 +79,13 @@ def attend_by_document(model: nn.Module) -> bool:
         Whether it can: it calls torch's scaled_dot_product_attention through transformers' attention interface.
     """
     configs = _configs(model)
-    own = {config._attn_implementation for config in configs} == {"sdpa"}
-    if not own or not isinstance(model, PreTrainedModel) or not model._can_set_attn_implementation():
+    own = {config._attn_implementation for config in configs}
+    if (
+        not own
+        or not own <= {"sdpa", NAME}
+        or not isinstance(model, PreTrainedModel)
+        or not model._can_set_attn_implementation()
+    ):
         return False
     AttentionInterface.register(NAME, _attend)
     AttentionMaskInterface.register(NAME, _mask)

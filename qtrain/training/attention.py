@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from qtrain.config.schema import Config
 from qtrain.data.isolation import known_difference
-from qtrain.modules.documents import attend_by_document, attends_by_document, mask_pairs
+from qtrain.kernels.document_attention import flash_refuses
+from qtrain.modules.documents import NAME, attend_by_document, attends_by_document, mask_pairs
 
 BACK_ENDS = {
     SDPBackend.CUDNN_ATTENTION: "cuDNN",
@@ -41,15 +42,19 @@ class Attention:
 
     Args:
         config: ``model.attention=auto`` leaves the choice; any other value is what was asked for.
+        dtype: of scores.
     """
 
-    def __init__(self, model: PreTrainedModel, config: Config, device: torch.device) -> None:
-        self._model, self._words = model, str(model.config.get_text_config()._attn_implementation)
+    def __init__(self, model: PreTrainedModel, config: Config, device: torch.device, dtype: torch.dtype) -> None:
+        own = str(model.config.get_text_config()._attn_implementation)
+        self._model, self._words = model, "sdpa" if own == NAME else own  # a model that was trained before
         self._order: list[SDPBackend] = []
-        self._why_not = self._by_document(model, config, device)
+        self._why_not = self._by_document(model, config, device, dtype)
 
-    def _by_document(self, model: PreTrainedModel, config: Config, device: torch.device) -> str | None:
-        """What keeps packed rows from being attended to document by document; None where it was set up."""
+    def _by_document(
+        self, model: PreTrainedModel, config: Config, device: torch.device, dtype: torch.dtype
+    ) -> str | None:
+        """What keeps packed rows from being attended to document by document, "" where nobody asks; else None."""
         if not config.data.packing or config.model.attention != "auto" or not on_gpu(device):
             return ""
         if config.run.cuda_graphs:
@@ -57,6 +62,8 @@ class Attention:
         kv_cache = getattr(config.method, "kv_cache", None)
         if getattr(kv_cache, "residual", 0):
             return "keys in full precision take scores in memory"
+        if device.type == "cuda" and (why := _beyond_flash(model, config, device, dtype)):
+            return why
         return None if attend_by_document(model) else f"attention {self._words}"
 
     def prove(self, model: PreTrainedModel, vocab_size: int) -> None:
@@ -94,6 +101,14 @@ class Attention:
 def on_gpu(device: torch.device) -> bool:
     """Where attention by document pays: a CPU runs a document after the other, and rows there are short."""
     return device.type == "cuda"
+
+
+def _beyond_flash(model: PreTrainedModel, config: Config, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why each layer would go back to a mask, as far as the model's config tells."""
+    if getattr(model.config.get_text_config(), "attention_dropout", 0.0):
+        return "dropout of scores"
+    shape = shape_of(model, config)
+    return None if shape is None else flash_refuses(dtype, (shape.width, shape.width), device)
 
 
 def shape_of(model: PreTrainedModel, config: Config) -> Shape | None:

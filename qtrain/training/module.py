@@ -162,7 +162,7 @@ class LanguageModule(L.LightningModule):
         handed_over, self._base = self._base, None
         base = handed_over if handed_over is not None else self._load_base(storage, compute, device)
         self.fused = fuse_layers(base, device, config.model.fused, keeps_outputs=self.method.keeps_outputs)
-        self.attention = Attention(base, config, device)
+        self.attention = Attention(base, config, device, compute)
         section = config.distill
         if section.layerwise is not None or (section.loss != "none" and not section.cached):
             self._twin = self._teacher(base, compute, device)

@@ -39,7 +39,7 @@ def model_of() -> LlamaForCausalLM:
 
 
 def chosen(model: LlamaForCausalLM, *words: str) -> Attention:
-    return Attention(model, load_recipe(None, "model.path=none", *words), CPU)
+    return Attention(model, load_recipe(None, "model.path=none", *words), CPU, torch.float32)
 
 
 def test_a_cpu_keeps_masks() -> None:
@@ -69,6 +69,23 @@ def test_what_is_chosen_is_said(everywhere: None, words: tuple[str, ...], said: 
     found.prove(model, 64)
     assert str(found) == said
     assert attends_by_document(model) == ("document by document" in said)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dropout", "said"),
+    [(torch.float32, 0.0, "float32 scores"), (torch.bfloat16, 0.1, "dropout of scores")],
+)
+def test_what_each_layer_would_fall_back_for_is_said(dtype: torch.dtype, dropout: float, said: str) -> None:
+    model = model_of()
+    model.config.attention_dropout = dropout
+    found = Attention(model, load_recipe(None, "model.path=none"), torch.device("cuda"), dtype)
+    assert str(found) == f"sdpa; packed rows under a mask of pairs: {said}" and not attends_by_document(model)
+
+
+def test_a_model_that_was_trained_so_before_is_again(everywhere: None) -> None:
+    model = model_of()
+    first, second = chosen(model), chosen(model)
+    assert str(first) == str(second) == "sdpa; packed rows document by document, by torch's flash attention"
 
 
 def test_logits_that_differ_bring_the_masks_back(everywhere: None, monkeypatch: pytest.MonkeyPatch) -> None:
