@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qtrain.kernels.launch import launch
+
 BLOCKS = 8
 """Of 256 numbers each, one after the other in a program of one warp: what it finds in the table serves all of them."""
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -57,7 +59,9 @@ def adamw8_(
     device = maps[0].device
     # From pinned memory, of its own at each step: the host goes on, and may be at the next step before it is copied.
     places = torch.tensor(gradients, pin_memory=device.type == "cuda").to(device, non_blocking=True)
-    _adamw8[(len(table.owners),)](
+    launch(
+        _adamw8,
+        (len(table.owners),),
         *(table.places, places, table.owners, *maps, *step, maps[0] if factor is None else factor),
         DTYPE=_TYPES[table.dtype],
         FACTOR=factor is not None,

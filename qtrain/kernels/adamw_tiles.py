@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qtrain.kernels.launch import launch
+
 BLOCK = 1024
 LARGE = 2**24
 """Numbers from which a launch of its own is over after the host has made the next one (60 us)."""
@@ -45,7 +47,9 @@ def adamw_(
     """
     size = weight.numel()
     first, second = map(_as_int32, keys)
-    _adamw[(triton.cdiv(size, BLOCK),)](
+    launch(
+        _adamw,
+        (triton.cdiv(size, BLOCK),),
         *(weight, gradient, m, v, m if factor is None else factor, size, *step, first, second),
         FACTOR=factor is not None,
         BLOCK=BLOCK,
@@ -75,7 +79,9 @@ def adamw_all_(
     given = [[own[1].data_ptr(), *map(_as_int32, pair)] for own, pair in zip(tensors, keys, strict=True)]
     # From pinned memory, of its own at each step: the host goes on, and may be at the next step before it is copied.
     at_step = torch.tensor(given, pin_memory=device.type == "cuda").to(device, non_blocking=True)
-    _adamw_all[(len(owners),)](
+    launch(
+        _adamw_all,
+        (len(owners),),
         *(places, owners, at_step, places if factor is None else factor, *step),
         *(_TYPES[dtype] for dtype in dtypes if isinstance(dtype, torch.dtype)),
         FACTOR=factor is not None,

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qtrain.kernels.fp8_tiles import _e4m3
+from qtrain.kernels.launch import launch
 from qtrain.kernels.quantize_rows import STORAGE, _clamp, _code, _has_quotient, _quotient, _round, _stored, _to
 from qtrain.numerics.affine import FLOAT_DTYPES, SMALLEST_FP32_SCALE, SMALLEST_SCALE
 from qtrain.numerics.rules import RULES, Rule
@@ -30,7 +31,9 @@ def codes(rule: Rule, x: Tensor, scale: Tensor | None, factor: Tensor | None = N
     rows, size = x.shape
     out = torch.empty_like(x, dtype=FLOAT_DTYPES.get(rule.spec.format, torch.int8))
     scales = torch.empty(rows, dtype=torch.float32, device=x.device)
-    _codes[(rows,)](
+    launch(
+        _codes,
+        (rows,),
         x,
         out,
         scales,
@@ -50,7 +53,7 @@ def numbers(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     rows, size = codes.shape
     out = torch.empty(rows, size, dtype=dtype, device=codes.device)
     block = min(BLOCK, triton.next_power_of_2(size))
-    _numbers_of[(rows, triton.cdiv(size, block))](codes, scale, out, size, BLOCK=block, num_warps=4)
+    launch(_numbers_of, (rows, triton.cdiv(size, block)), codes, scale, out, size, BLOCK=block, num_warps=4)
     return out
 
 
@@ -59,7 +62,7 @@ def turned(codes: Tensor) -> Tensor:
     rows, columns = codes.shape
     out = torch.empty(columns, rows, dtype=codes.dtype, device=codes.device)
     grid = (triton.cdiv(rows, TILE), triton.cdiv(columns, TILE))
-    _turned[grid](codes, out, rows, columns, codes.stride(0), codes.stride(1), TILE=TILE, num_warps=4)
+    launch(_turned, grid, codes, out, rows, columns, codes.stride(0), codes.stride(1), TILE=TILE, num_warps=4)
     return out
 
 

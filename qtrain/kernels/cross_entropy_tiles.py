@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qtrain.kernels.launch import launch
 from qtrain.kernels.quantize_rows import _to
 
 BLOCK = 8192
@@ -29,7 +30,9 @@ def cross_entropy_(logits: Tensor, target: Tensor, *, gradient: bool) -> Tensor:
     rows, vocab = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     block = min(BLOCK, triton.next_power_of_2(vocab))
-    _rows[(rows,)](
+    launch(
+        _rows,
+        (rows,),
         *(logits, target.contiguous(), losses, vocab),
         GRADIENT=gradient,
         STEPS=triton.cdiv(vocab, block),
@@ -43,7 +46,7 @@ def scaled(x: Tensor, factor: Tensor) -> Tensor:
     """x * factor [] in x's dtype; x contiguous."""
     assert x.is_contiguous(), x.stride()
     out = torch.empty_like(x)
-    _scaled[(triton.cdiv(x.numel(), BLOCK),)](x, factor, out, x.numel(), BLOCK=BLOCK, num_warps=8)
+    launch(_scaled, (triton.cdiv(x.numel(), BLOCK),), x, factor, out, x.numel(), BLOCK=BLOCK, num_warps=8)
     return out
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qtrain.kernels.cross_entropy_tiles import DTYPES as DTYPES
 from qtrain.kernels.cross_entropy_tiles import _lanes, _log_sum
+from qtrain.kernels.launch import launch
 from qtrain.kernels.quantize_rows import _to
 
 BLOCK, WARPS = 4096, 16
@@ -41,7 +42,9 @@ def divergence_(
     if not rows:
         return losses, student
     block = min(BLOCK, triton.next_power_of_2(vocab))
-    _rows[(rows,)](
+    launch(
+        _rows,
+        (rows,),
         *(student, teacher.contiguous(), target.contiguous(), losses, vocab),
         *(1 / temperature, temperature * (1 - ce_weight), temperature, ce_weight),
         *(jsd_beta, math.log(jsd_beta), math.log1p(-jsd_beta)),

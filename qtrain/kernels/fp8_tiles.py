@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qtrain.kernels.launch import launch
+
 BLOCK = 4096
 """Columns at a time; a longer row is read twice, the second time from a cache: 11008 at once take 1.2 times as long."""
 
@@ -23,7 +25,9 @@ def fp8_rows(x: Tensor, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
     codes = torch.empty_like(x, dtype=torch.float8_e4m3fn)
     scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
     block = min(BLOCK, triton.next_power_of_2(size))
-    _fp8_rows[(rows,)](
+    launch(
+        _fp8_rows,
+        (rows,),
         *(x, x if factor is None else factor.contiguous(), codes, scale, size),
         FACTOR=factor is not None,
         STEPS=triton.cdiv(size, block),

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qtrain.kernels.launch import launch
 from qtrain.kernels.quantize_rows import STORAGE, _clamp, _code, _has_quotient, _quotient, _round, _stored, _to
 from qtrain.numerics.affine import SMALLEST_FP32_SCALE, SMALLEST_SCALE
 from qtrain.numerics.spec import QuantSpec
@@ -36,7 +37,7 @@ def forward(spec: QuantSpec, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     q = torch.empty(rows, size, dtype=torch.int8, device=gate.device)
     scales = torch.empty(rows, dtype=torch.float32, device=gate.device)
     parts = _parts(size)
-    _forward[(rows,)](gate, up, q, scales, size, REST=parts.rest, **_constants(spec, size, parts.first))
+    launch(_forward, (rows,), gate, up, q, scales, size, REST=parts.rest, **_constants(spec, size, parts.first))
     return q, scales
 
 
@@ -53,8 +54,8 @@ def backward(
     d_gate, d_up = torch.empty_like(gate), torch.empty_like(gate)
     known = spec.scale_dtype == "fp32"
     constants = _constants(spec, size, BLOCK if known else LONGEST)
-    parts = constants["STEPS"] if known else 1
-    _backward[(rows, parts)](gate, up, gradient, d_gate, d_up, scales, size, KNOWN=known, **constants)
+    parts = int(constants["STEPS"]) if known else 1
+    launch(_backward, (rows, parts), gate, up, gradient, d_gate, d_up, scales, size, KNOWN=known, **constants)
     return gradient, d_gate, d_up
 
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qtrain.kernels.launch import launch
 from qtrain.kernels.quantize_rows import _to
 from qtrain.kernels.room import NO_ROOM, Room, roomy
 
@@ -28,7 +29,7 @@ def forward(gate: Tensor, up: Tensor, room: Room = NO_ROOM) -> Tensor:
     gate, up = gate.contiguous(), up.contiguous()
     h = _empty(gate, room)
     grid, size = _grid(gate)
-    _forward[grid](gate, up, h, size, size + sum(room), BLOCK=BLOCK)
+    launch(_forward, grid, gate, up, h, size, size + sum(room), BLOCK=BLOCK)
     return h
 
 
@@ -40,7 +41,7 @@ def backward(
     d_gate, d_up = torch.empty_like(gate), gradient if spent else _empty(gate, room)
     h = torch.empty_like(gate) if opened else gate
     grid, size = _grid(gate)
-    _backward[grid](gate, up, gradient, h, d_gate, d_up, size, size + sum(room), OPENED=opened, BLOCK=BLOCK)
+    launch(_backward, grid, gate, up, gradient, h, d_gate, d_up, size, size + sum(room), OPENED=opened, BLOCK=BLOCK)
     return h, d_gate, d_up
 
 

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qtrain.kernels.launch import launch
 from qtrain.kernels.quantize_rows import _to
 
 GROUP = 8
@@ -57,7 +58,9 @@ def int8_matmul(
     a_scale, b_scale, bias = in_line(a_scale, b_scale, bias)
     y = torch.empty(m, n, dtype=dtype, device=a.device)
     chosen = tiles or _chosen(m, n, a.device.index if a.is_cuda else None)
-    _product[(-(-m // chosen.m) * -(-n // chosen.n),)](
+    launch(
+        _product,
+        (-(-m // chosen.m) * -(-n // chosen.n),),
         a,
         b,
         a_scale,

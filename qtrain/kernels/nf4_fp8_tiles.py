@@ -14,6 +14,7 @@ from bitsandbytes.functional import QuantState
 from torch import Tensor
 
 from qtrain.kernels.fp8_tiles import _e4m3
+from qtrain.kernels.launch import launch
 from qtrain.kernels.quantize_rows import _to
 
 WORDS, WARPS = 512, 4
@@ -47,12 +48,20 @@ def codes(words: Tensor, state: QuantState, scale: Tensor, dtype: torch.dtype, t
     }
     if turn:
         grid = (triton.cdiv(rows, ROWS), triton.cdiv(columns, 8 * ACROSS))
-        _turned[grid](*known, offset, rows, columns // 8, ROWS=ROWS, WORDS=ACROSS, num_warps=4, **kinds)
+        launch(_turned, grid, *known, offset, rows, columns // 8, ROWS=ROWS, WORDS=ACROSS, num_warps=4, **kinds)
     else:
         count = rows * columns // 8
         assert count + WORDS < 2**31
-        _as_they_lie[(triton.cdiv(count, WORDS),)](
-            *known, offset, count, columns // 8, WORDS=WORDS, num_warps=WARPS, **kinds
+        launch(
+            _as_they_lie,
+            (triton.cdiv(count, WORDS),),
+            *known,
+            offset,
+            count,
+            columns // 8,
+            WORDS=WORDS,
+            num_warps=WARPS,
+            **kinds,
         )
     return out
 

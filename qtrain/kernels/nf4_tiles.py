@@ -16,6 +16,7 @@ import triton.language as tl
 from bitsandbytes.functional import QuantState
 from torch import Tensor
 
+from qtrain.kernels.launch import launch
 from qtrain.kernels.quantize_rows import _to
 
 WORDS, WARPS = 512, 4
@@ -39,7 +40,9 @@ def dequantize(words: Tensor, state: QuantState, dtype: torch.dtype, out: Tensor
     assert out.stride(-1) == 1 and not (apart and out.shape[-1] % 8)
     count = out.numel() // 8
     second = state.state2 if state.nested else state
-    _dequantize[(triton.cdiv(count, WORDS),)](
+    launch(
+        _dequantize,
+        (triton.cdiv(count, WORDS),),
         words.reshape(-1).view(torch.int32),
         out,
         state.code,

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qtrain.kernels.launch import launch
 from qtrain.kernels.quantize_rows import _to
 
 ROWS, COLUMNS = 8, 512
@@ -56,7 +57,9 @@ def dequantize(
     group = columns // groups
     if 32 % bits == 0 and columns * bits % 32 == 0 and group * bits % 32 == 0:
         count = words.numel()
-        _dequantize_words[(triton.cdiv(count, WORDS),)](
+        launch(
+            _dequantize_words,
+            (triton.cdiv(count, WORDS),),
             *(words, scale, zero, weight, count),
             GROUP_WORDS=group * bits // 32,
             **meaning,
@@ -65,7 +68,9 @@ def dequantize(
         )
         return weight
     grid = (triton.cdiv(out, ROWS), triton.cdiv(columns, COLUMNS))
-    _dequantize[grid](
+    launch(
+        _dequantize,
+        grid,
         *(words, scale, zero, weight, out, columns, words.shape[1], groups),
         GROUP=group,
         **meaning,
@@ -100,7 +105,9 @@ def group_sums(
     group = columns // groups
     width = min(triton.next_power_of_2(group), SUMMED)
     together = SUMMED // width
-    _group_sums[(out, triton.cdiv(groups, together))](
+    launch(
+        _group_sums,
+        (out, triton.cdiv(groups, together)),
         *(gradient, words, leveled if zero_point is None else zero_point.contiguous(), leveled),
         *(leveled if summed is None else summed, columns, words.shape[1], groups),
         GROUP=group,
@@ -126,7 +133,9 @@ def output_sums(dy: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
     shares = triton.cdiv(tokens, SHARE)
     # Shares are added up afterwards, in an order that is always the same.
     partial = torch.empty(shares, out, dtype=torch.float32, device=dy.device)
-    _output_sums[(triton.cdiv(out, OUTPUTS), shares)](
+    launch(
+        _output_sums,
+        (triton.cdiv(out, OUTPUTS), shares),
         *(dy, y, y if bias is None else bias.contiguous(), partial, tokens, out),
         BIAS=bias is not None,
         TOKENS=TOKENS,

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qtrain.kernels.fp8_tiles import _e4m3, _e5m2
+from qtrain.kernels.launch import launch
 from qtrain.numerics.affine import SMALLEST_FP32_SCALE, SMALLEST_SCALE, grouped_size
 from qtrain.numerics.rules import RULES, Dynamic, Gradients, Learned, Rule, Static
 from qtrain.numerics.spec import INTEGER_BITS, QuantSpec
@@ -62,16 +63,18 @@ def forward(
     out = torch.empty_like(x, dtype=dtype)
     if isinstance(rule, Dynamic):
         scale = offset = None  # a learned range that lies there is not asked
-    launch = _launch(rule.key, x.shape)
-    _forward[launch.grid](
+    planned = _launch(rule.key, x.shape)
+    launch(
+        _forward,
+        planned.grid,
         x,
         out,
         x if scale is None else scale.contiguous(),
         x if offset is None else offset.contiguous(),
-        launch.rows,
-        launch.size,
+        planned.rows,
+        planned.size,
         DYNAMIC=scale is None,
-        **launch.constants,
+        **planned.constants,
     )
     return out
 
@@ -81,14 +84,16 @@ def backward(
 ) -> Gradients:
     """Gradients of x, of the scale and of the offset; the given one may have another dtype than x."""
     x, gradient = x.contiguous(), gradient.contiguous()
-    launch = _launch(rule.key, x.shape)
+    planned = _launch(rule.key, x.shape)
     low, high = rule.edges()
     d_x = torch.empty_like(x) if needs[0] else None
     learns = needs[1] and not isinstance(rule, Static)
     # The kernel writes a row after the other, however those of the range lie.
     d_scale = _in_line(scale) if learns else None
     d_offset = _in_line(offset) if needs[2] and offset is not None and learns else None
-    _backward[launch.grid](
+    launch(
+        _backward,
+        planned.grid,
         x,
         gradient,
         x if d_x is None else d_x,
@@ -96,15 +101,15 @@ def backward(
         scale if offset is None else offset.contiguous(),
         scale if d_scale is None else d_scale,
         scale if d_offset is None else d_offset,
-        launch.rows,
-        launch.size,
-        1.0 / math.sqrt(launch.size * rule.spec.quant_max),
+        planned.rows,
+        planned.size,
+        1.0 / math.sqrt(planned.size * rule.spec.quant_max),
         low,
         high,
         D_X=d_x is not None,
         D_SCALE=d_scale is not None,
         D_OFFSET=d_offset is not None,
-        **launch.constants,
+        **planned.constants,
     )
     return Gradients(d_x, d_scale, d_offset)
 

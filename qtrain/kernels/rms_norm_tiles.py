@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qtrain.kernels.launch import launch
 from qtrain.kernels.quantize_rows import _to
 
 LONGEST = 16384
@@ -29,7 +30,7 @@ def forward(x: Tensor, weight: Tensor, eps: float, y: Tensor) -> Tensor:
     assert y.stride(1) == 1
     x, weight = x.contiguous(), weight.contiguous()
     r = torch.empty(len(x), dtype=torch.float32, device=x.device)
-    _forward[(len(x),)](x, weight, y, r, x.shape[1], y.stride(0), eps, **_constants(x.shape[1]))
+    launch(_forward, (len(x),), x, weight, y, r, x.shape[1], y.stride(0), eps, **_constants(x.shape[1]))
     return r
 
 
@@ -37,7 +38,7 @@ def backward(x: Tensor, weight: Tensor, r: Tensor, dy: Tensor) -> Tensor:
     """dx [rows, n]."""
     x, weight, dy = x.contiguous(), weight.contiguous(), dy.contiguous()
     dx = torch.empty_like(x)
-    _backward[(len(x),)](x, weight, r, dy, dx, x.shape[1], **_constants(x.shape[1]))
+    launch(_backward, (len(x),), x, weight, r, dy, dx, x.shape[1], **_constants(x.shape[1]))
     return dx
 
 

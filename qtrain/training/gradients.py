@@ -38,12 +38,16 @@ def clip_factor(gradients: Iterable[Tensor], limit: float) -> Tensor | None:
 
 
 class OnHost:
-    """A small tensor on its way from a GPU to the host, which goes on meanwhile."""
+    """A small tensor on its way from a GPU to the host, which goes on meanwhile.
 
-    def __init__(self, tensor: Tensor) -> None:
+    Args:
+        asked: False leaves it on the GPU, where nothing waits for it.
+    """
+
+    def __init__(self, tensor: Tensor, *, asked: bool = True) -> None:
         self._arrived: torch.cuda.Event | None = None
         self._tensor = tensor
-        if tensor.is_cuda:
+        if asked and tensor.is_cuda:
             self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self._tensor.copy_(tensor, non_blocking=True)
             self._arrived = torch.cuda.Event()
@@ -54,6 +58,16 @@ class OnHost:
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._tensor
+
+
+def steps_are_read(trainer: Trainer) -> bool:
+    """Whether a logger or a progress bar reads what each step logs.
+
+    Where none does the host need not wait for a step before it launches the next: of 1B parameters on an H200 with 16
+    virtual cores it launches a forward pass in 31 to 55 ms, which the GPU runs in 36.
+    """
+    every = getattr(trainer, "log_every_n_steps", 1)
+    return trainer.progress_bar_callback is not None or (bool(trainer.loggers) and every == 1)
 
 
 class EarlyClip:

@@ -45,7 +45,15 @@ from qtrain.modules.quantizers import full_precision, quantizers
 from qtrain.modules.token_loss import Loss, choose_loss
 from qtrain.training.attention import Attention, shape_of
 from qtrain.training.cuda_graphs import LayerGraphs
-from qtrain.training.gradients import EarlyClip, OnHost, clip_factor, early_clip, gradients_of, scale_
+from qtrain.training.gradients import (
+    EarlyClip,
+    OnHost,
+    clip_factor,
+    early_clip,
+    gradients_of,
+    scale_,
+    steps_are_read,
+)
 from qtrain.training.optimizers import build_optimizer, build_schedule
 from qtrain.training.rate_factors import with_factors
 from qtrain.training.recompute import Recompute
@@ -99,6 +107,7 @@ class LanguageModule(L.LightningModule):
         self._window: AccumulationWindow | None = None
         self._clip: EarlyClip | None = None
         self._sums: OnHost | None = None  # of a step: loss and tokens
+        self._read = True  # each step's loss is, by a logger or a bar
         self._validation: list[Tensor] = []
         self._twin: Teacher | None = None
         self.graphs: LayerGraphs | None = None  # of decoder layers, from the first batch on
@@ -294,6 +303,7 @@ class LanguageModule(L.LightningModule):
             lambda: self.trainer.accumulate_grad_batches,
             alone=self.trainer.world_size == 1,
         )
+        self._read = steps_are_read(self.trainer)
         if isinstance(self.trainer.strategy.model, DistributedDataParallel):
             # No step changes a buffer, and packed zero points are buffers: DDP would send them all before each forward.
             self.trainer.strategy.model.broadcast_buffers = False
@@ -347,7 +357,7 @@ class LanguageModule(L.LightningModule):
         """Send the sums of a step to the host, where its gradients are means already."""
         assert self._window is not None
         if self._window.means:
-            self._sums = OnHost(self._window.close())
+            self._sums = OnHost(self._window.close(), asked=self._read)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turn the window's sum of gradients into the gradient of the mean over its tokens, if it is not that yet."""
@@ -357,7 +367,7 @@ class LanguageModule(L.LightningModule):
             world = self.trainer.world_size
             if world > 1:
                 total = torch.as_tensor(self.all_gather(total)).view(world, 2).sum(0)
-            self._sums = OnHost(total)
+            self._sums = OnHost(total, asked=self._read)
             # Lightning divided each loss by the number of micro-batches, and DDP averages over ranks: both undone here.
             scale = (self.trainer.accumulate_grad_batches * world / total[1].clamp(min=1)).float()
             scale_([local(gradient) for gradient in gradients_of(optimizer)], scale)
@@ -374,7 +384,7 @@ class LanguageModule(L.LightningModule):
         optimizer.zero_grad(set_to_none=True)
         assert self._sums is not None
         loss, tokens = self._sums.get()  # once the optimizer is launched: it runs while the host goes on
-        # Tensors of the host's: loggers would wait for those of a GPU, and so for the optimizer, before the next step.
+        # Tensors of the host's where each is read: of a GPU's a logger would wait for the optimizer too.
         self.log("train/loss", (loss / tokens.clamp(min=1)).float(), prog_bar=True)
         self.log("train/lr", torch.tensor(float(optimizer.param_groups[0]["lr"])))
 

@@ -152,7 +152,7 @@ def test_autocast_rounds_no_sum() -> None:
 @tiles
 @pytest.mark.parametrize("shape", [(1, 16, 16), (7, 24, 40), (33, 80, 48)])
 def test_the_gradient_of_an_input_over_a_weight_of_four_bits(shape: tuple[int, int, int]) -> None:
-    """dL/dx = s (q q_W), q and s of dY s_W^T and q_W turned over, both by kernels; against autograd in float64."""
+    """dL/dx = s (q q_W), q and s of dY s_W^T and q_W turned over, both by kernels; against dY W in float64."""
     pytest.importorskip("triton")
     from bitsandbytes.functional import quantize_4bit
 
@@ -161,13 +161,10 @@ def test_the_gradient_of_an_input_over_a_weight_of_four_bits(shape: tuple[int, i
     assert kernel.fp8_tiles is not None
     tokens, out, columns = shape
     generator = torch.Generator().manual_seed(tokens)
-    stored, x, dy = (
-        torch.randn(size, generator=generator).to(DEVICE) for size in ((out, columns), (tokens, columns), (tokens, out))
-    )
+    stored, dy = (torch.randn(size, generator=generator).to(DEVICE) for size in ((out, columns), (tokens, out)))
     words, state = quantize_4bit(stored, compress_statistics=True, quant_type="nf4")
     weight = nf4_tiles.dequantize(words, state, torch.float32)
-    leaf = x.double().requires_grad_()
-    wanted = torch.autograd.grad(leaf @ weight.double().t(), leaf, dy.double())[0]
+    wanted = dy.double() @ weight.double()
     scale = fp8_rows(weight).scale
     codes = nf4_fp8_tiles.codes(words, state, scale, torch.float32, turn=True)
     rows = Fp8Rows(*kernel.fp8_tiles.fp8_rows(dy, scale.flatten()))

@@ -294,7 +294,8 @@ def test_learned_ranges_clip_and_inputs_do_not() -> None:
     scale = kept_scale(Learned(WEIGHTS[0]), weight)
     assert scale is not None
     torch.manual_seed(1)
-    d_y, levels = torch.randn(y.shape).to(y), Learned(WEIGHTS[0]).forward(weight, scale)
+    d_y = torch.randn(y.shape, device=y.device, dtype=y.dtype)  # as ``both`` draws it
+    levels = Learned(WEIGHTS[0]).forward(weight, scale)
     # Eight products and their sum, in whatever order.
     assert bool(((d_x - d_y.double() @ levels.double()).abs() <= 8 * 2.0**-24 * (d_y.abs() @ levels.abs())).all())
     outside = (weight / scale).abs() > 7

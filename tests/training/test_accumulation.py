@@ -9,13 +9,14 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 
 from qtrain.config.compose import load_recipe
 from qtrain.data.datamodule import LanguageData
 from qtrain.kernels import adamw as kernel
 from qtrain.kernels.adamw import adamw_
 from qtrain.training import gradients as early
-from qtrain.training.gradients import EarlyClip, OnHost, early_clip, scale_
+from qtrain.training.gradients import EarlyClip, OnHost, early_clip, scale_, steps_are_read
 from qtrain.training.module import LanguageModule
 from qtrain.training.trainer import trainer_arguments
 
@@ -190,3 +191,27 @@ def test_sums_arrive_before_they_are_read() -> None:
         x = x @ x / 4096
     total = torch.stack((x.double().sum() * 0 + 3.0, x.double().sum() * 0 + 4.0))
     assert OnHost(total).get().tolist() == [3.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        ({}, False),
+        ({"enable_progress_bar": True}, True),
+        ({"logger": CSVLogger, "log_every_n_steps": 1}, True),
+        ({"logger": CSVLogger, "log_every_n_steps": 10}, False),
+    ],
+)
+def test_who_reads_each_step(given: dict[str, Any], read: bool, tmp_path: Path) -> None:
+    given = {name: value(tmp_path) if value is CSVLogger else value for name, value in given.items()}
+    usual: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    assert (
+        steps_are_read(L.Trainer(**usual | {"enable_checkpointing": False, "enable_model_summary": False} | given))
+        is read
+    )
+
+
+@pytest.mark.gpu
+def test_what_nobody_reads_stays_on_the_gpu() -> None:
+    total = torch.tensor([3.0, 4.0], dtype=torch.float64, device="cuda")
+    assert OnHost(total, asked=False).get() is total

@@ -1,0 +1,120 @@
+"""What a kernel was compiled for is found again for arguments of the same kind, and for no others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from qtrain.kernels import launch as module
+from qtrain.kernels.launch import launch
+
+GRID = (3,)
+
+
+class Compiled:
+    """Stands for what Triton compiled; notes what it is launched with."""
+
+    def __init__(self, launched: list[Any]) -> None:
+        self.launched = launched
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *args: self.launched.append((grid, args))
+
+
+class Kernel:
+    """Stands for a jitted function of (x_ptr, size, BLOCK, LAST); each usual launch of it is a compilation."""
+
+    __name__ = "kernel"
+    arg_names = ("x_ptr", "size", "BLOCK", "LAST")
+    params = tuple(SimpleNamespace(is_constexpr=name.isupper()) for name in arg_names)
+
+    def __init__(self) -> None:
+        self.compiled: list[Any] = []
+        self.launched: list[Any] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def run(*args: Any, **constants: Any) -> Compiled:
+            self.compiled.append((grid, args, constants))
+            return Compiled(self.launched)
+
+        return run
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernel]:
+    monkeypatch.setattr(module, "JITFunction", Kernel)
+    monkeypatch.setattr(module, "CompiledKernel", Compiled)
+    monkeypatch.setattr(module, "_KNOWN", {})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    yield Kernel()
+
+
+def aligned(offset: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    x = torch.zeros(64, dtype=dtype)
+    assert x.data_ptr() % 16 == 0
+    return x[offset:]
+
+
+def test_the_second_launch_of_a_kind_is_a_look_up(kernel: Kernel) -> None:
+    first, second = aligned(), aligned()
+    launch(kernel, GRID, first, 48, LAST=2, BLOCK=64, num_warps=4)
+    launch(kernel, (5, 2), second, 96, LAST=2, BLOCK=64, num_warps=4)
+    assert [(grid, constants) for grid, _, constants in kernel.compiled] == [
+        (GRID, {"LAST": 2, "BLOCK": 64, "num_warps": 4})
+    ]
+    ((grid, (x, *rest)),) = kernel.launched
+    # Grids of three numbers, and the constants in the kernel's own order behind the rest.
+    assert grid == (5, 2, 1) and x is second and rest == [96, 64, 2]
+
+
+@pytest.mark.parametrize(
+    ("x", "size", "constants"),
+    [
+        (aligned(1), 48, {}),  # an address that 16 does not divide
+        (aligned(dtype=torch.int32), 48, {}),
+        (aligned(), 49, {}),
+        (aligned(), 1, {}),
+        (aligned(), 2**40, {}),
+        (aligned(), 2**63 + 16, {}),
+        (aligned(), 48.0, {}),
+        (aligned(), None, {}),
+        (aligned(), 48, {"BLOCK": 128}),
+        (aligned(), 48, {"num_warps": 8}),
+    ],
+    ids=str,
+)
+def test_other_kinds_are_compiled_by_themselves(
+    kernel: Kernel, x: torch.Tensor, size: Any, constants: dict[str, int]
+) -> None:
+    usual = {"BLOCK": 64, "LAST": 2, "num_warps": 4}
+    launch(kernel, GRID, aligned(), 48, **usual)
+    launch(kernel, GRID, x, size, **usual | constants)
+    assert len(kernel.compiled) == 2 and not kernel.launched
+    launch(kernel, GRID, x, size, **usual | constants)
+    assert len(kernel.compiled) == 2 and len(kernel.launched) == 1
+
+
+def test_each_device_and_each_kernel_has_its_own(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = Kernel()
+    for one in (kernel, other):
+        launch(one, GRID, aligned(), 48, BLOCK=64, LAST=2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    launch(kernel, GRID, aligned(), 48, BLOCK=64, LAST=2)
+    assert (len(kernel.compiled), len(other.compiled)) == (2, 1)
+
+
+def test_numbers_that_are_compiled_in_are_named(kernel: Kernel) -> None:
+    with pytest.raises(TypeError, match="BLOCK of kernel is compiled in"):
+        launch(kernel, GRID, aligned(), 48, 64, LAST=2)
+
+
+def test_defaults_are_left_to_triton(kernel: Kernel) -> None:
+    for _ in range(2):
+        launch(kernel, GRID, aligned(), 48, BLOCK=64)
+    assert len(kernel.compiled) == 2 and not kernel.launched
