@@ -69,3 +69,14 @@ def test_layers_compiled_fused_and_as_they_are(tmp_path: Path) -> None:
     assert [bool(row[5]) for row in rows] == [False, False, True] * 2
     assert all(float(row[2]) > 0 and float(row[-1]) < (1e-5 if not torch.cuda.is_available() else 0.1) for row in rows)
     assert "QKV, O and MLP fused over nf4" in (tmp_path / "table.md").read_text()
+
+
+def test_where_the_host_is(tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu.host_time", str(tmp_path / "table.md")]
+    command += ["1b:w4a8-int8", "--tiny", "--work", str(tmp_path / "work")]
+    found = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=170
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+    rows = [row for row in cells(tmp_path / "table.md") if row[0] == "1b:w4a8-int8"]
+    assert rows and all(float(number) > 0 for row in rows for number in row[3:6]), found.stdout

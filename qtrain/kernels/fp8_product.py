@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -80,7 +81,13 @@ def fp8_units_take(k: int, n: int) -> bool:
 def has_fp8(device: torch.device) -> bool:
     """Whether fp8 has units of its own there: compute capability 9.0. Below 8.9 Triton does not compile e4m3 at all."""
     nvidia = device.type == "cuda" and torch.version.cuda is not None
-    return nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
+    return nvidia and _capability(device.index) >= (9, 0)
+
+
+@cache
+def _capability(index: int | None) -> tuple[int, int]:
+    """Asked for with every product, and torch takes several microseconds to tell."""
+    return torch.cuda.get_device_capability(index)
 
 
 def fp8_words(device: torch.device) -> str:

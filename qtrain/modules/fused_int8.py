@@ -18,7 +18,6 @@ from qtrain.modules.eval_mode import eval_mode
 from qtrain.modules.fused_layers import watched
 from qtrain.modules.kernel_keys import PRODUCTS
 from qtrain.modules.quant_linear import QuantLinear
-from qtrain.modules.quantizer import Quantizer
 from qtrain.modules.shared_inputs import PROBE_TOKENS, by_parent, inputs_of
 from qtrain.modules.shared_outputs import SharedOutputs
 
@@ -187,27 +186,26 @@ def _why_not(block: Block, like: Tensor, context: Context) -> str | None:
 
 def _not_ready(layers: Sequence[QuantLinear]) -> str | None:
     """Why layers of one input are not multiplied as bytes together, as they are by now."""
-    if any(layer.kernels not in PRODUCTS for layer in layers):
-        return "method.kernels is neither int8 nor fp8"
-    if any(watched(layer) for layer in layers):
-        return WATCHED
-    if any(layer.lora_A is not None for layer in layers):
-        return "adapters inside"
+    keys = set()
     for layer in layers:
+        if layer.kernels not in PRODUCTS:
+            return "method.kernels is neither int8 nor fp8"
+        if watched(layer):
+            return WATCHED
+        if layer.lora_A is not None:
+            return "adapters inside"
+        _, input_rule = layer.rules()
         if why := layer.lacks_product(layer.kernels):
             return why
-        if not _ready(layer.weight_quantizer) or not _ready(layer.input_quantizer):
+        if not all(quantizer is not None and quantizer.ready for quantizer in layer.quantizers()):
             return "ranges that are not found yet"
-    keys = {rule.key for _, rule in (layer.rules() for layer in layers) if rule is not None}
+        assert input_rule is not None
+        keys.add(input_rule.key)
     return None if len(keys) == 1 else "inputs of one are quantized otherwise"
 
 
-def _ready(quantizer: Quantizer | None) -> bool:
-    return quantizer is not None and quantizer.ready
-
-
 def _linear(layer: QuantLinear) -> ByteLinear:
-    quantizer = layer.weight_quantizer
+    quantizer, _ = layer.quantizers()
     assert quantizer is not None
     scale, _ = quantizer.range_tensors()
     return ByteLinear(layer.weight, scale, layer.bias, quantizer.rule.key)

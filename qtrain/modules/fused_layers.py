@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import bitsandbytes as bnb
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from qtrain.kernels.gated import Activation
@@ -47,14 +48,17 @@ class Member:
     def why_not(self, dtype: torch.dtype) -> str | None:
         """In words what is not as it was when the block was made, or that products are in another dtype; or None."""
         layer = self.layer
-        base = layer.get_base_layer()
+        base = self._held("base_layer")
+        if isinstance(base, BaseTunerLayer):  # an adapter over another one
+            base = layer.get_base_layer()
         if isinstance(base, bnb.nn.Linear4bit) and base.compute_dtype != dtype:
             return f"products in {dtype}, and the base's are in {base.compute_dtype}"
         if layer.merged or layer.disable_adapters:
             return "its adapter is merged" if layer.merged else "its adapter is disabled"
         if list(layer.active_adapters) != [self.adapter]:
             return f"adapters {', '.join(layer.active_adapters)} in place of {self.adapter}"
-        if getattr(self.parent, self.name, None) is not layer:
+        there: object = self.parent._modules.get(self.name)
+        if there is not layer:
             return "another module stands there"
         return "a hook watches inside" if any(map(watched, (base, *self._parts()))) else None
 
@@ -81,8 +85,19 @@ class Member:
         return self.linear().a.device
 
     def _parts(self) -> tuple[nn.Module, nn.Module, nn.Module]:
-        layer, key = self.layer, self.adapter
-        return layer.lora_A[key], layer.lora_B[key], layer.lora_dropout[key]
+        return self._own("lora_A"), self._own("lora_B"), self._own("lora_dropout")
+
+    def _own(self, kind: str) -> nn.Module:
+        """The adapter's part in one of the layer's dictionaries."""
+        found = self._held(kind)._modules[self.adapter]
+        assert found is not None
+        return found
+
+    def _held(self, name: str) -> nn.Module:
+        """A module of the layer. Asked for in every forward: as an attribute it is looked for in four places."""
+        found = cast(nn.Module, self.layer)._modules[name]
+        assert found is not None
+        return found
 
 
 @dataclass

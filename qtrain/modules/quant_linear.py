@@ -78,7 +78,13 @@ class QuantLinear(nn.Linear):
 
     def rules(self) -> tuple[Rule | None, Rule | None]:
         """Of weight and input as they are multiplied now; None leaves that side as it is."""
-        return _rule_in_use(self.weight_quantizer), _rule_in_use(self.input_quantizer)
+        for_weight, for_input = self.quantizers()
+        return _rule_in_use(for_weight), _rule_in_use(for_input)
+
+    def quantizers(self) -> tuple[Quantizer | None, Quantizer | None]:
+        """Of weight and input. Asked for in every forward: as attributes they are looked for in four places."""
+        kept = self._modules
+        return kept.get("weight_quantizer"), kept.get("input_quantizer")  # type: ignore[return-value]
 
     def lacks_product(self, kind: Kernels) -> str | None:
         """Why its codes are not multiplied by now as ``kind``, int8 or fp8; None where they are if it is asked to."""
@@ -86,7 +92,7 @@ class QuantLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[.., in] to [.., out]."""
-        for_weight, for_input = self.weight_quantizer, self.input_quantizer
+        for_weight, for_input = self.quantizers()
         if for_input is not None and for_input.observer is not None:
             input = for_input(input)
         weight = self._merged_outside_autocast()

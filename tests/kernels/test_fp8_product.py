@@ -93,7 +93,7 @@ def test_a_gpu_without_fp8_gets_the_plain_twin(
     capability: tuple[int, int], known: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Below 8.9 Triton refuses to compile e4m3."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(kernel, "_capability", lambda index: capability)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert kernel.has_fp8(torch.device("cuda", 0)) == known and not kernel.has_fp8(torch.device("cpu"))
     assert kernel.fp8_words(torch.device("cuda", 0)).startswith("fp8 tensor cores") == known
