@@ -47,6 +47,7 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch, *, units: bool) -> None:
     monkeypatch.setattr(kernel_choice, "_device", lambda layer: torch.device("cuda", 0))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0) if units else (8, 0))
+    monkeypatch.setattr("qtrain.kernels.fp8_product._capability", lambda index: (9, 0) if units else (8, 0))
     monkeypatch.setattr(kernel_choice, "code_rows", object())
     monkeypatch.setattr(kernel_choice, "tensor_core_words", lambda device: "int8 tensor cores")
 
