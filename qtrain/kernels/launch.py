@@ -31,7 +31,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     Raises:
         TypeError: a number among ``args`` is compiled in.
     """
-    if not isinstance(kernel, JITFunction):  # Triton's interpreter
+    # Triton's interpreter; and for AMD's GPUs it knows more of a tensor than ``_kind``: whether it is below 2 GB.
+    if not isinstance(kernel, JITFunction) or torch.version.hip is not None:
         kernel[grid](*args, **constants)
         return
     # Kernels live as long as their modules, so none lies where another lay.

@@ -24,6 +24,7 @@ class InFp8:
     def __init__(self, frozen: Dequantized) -> None:
         self._frozen = frozen
         self._scales: dict[torch.dtype, Tensor] = {}
+        self._ones: Tensor | None = None
 
     def product(self, x: Tensor, made: Made) -> Tensor:
         """x W^T + b; x is rounded once for all weights that are given it."""
@@ -37,8 +38,9 @@ class InFp8:
         """dy W, added to ``into``."""
         # Hopper's fp8 units want what is summed over side by side, in both.
         codes, scale = self._weight(dy.dtype, turn=True)
-        ones = scale.new_ones(len(codes), 1)
-        found = fp8_matmul(fp8_rows(dy, scale.flatten()), Fp8Rows(codes, ones), dy.dtype)
+        if self._ones is None:
+            self._ones = scale.new_ones(len(codes), 1)
+        found = fp8_matmul(fp8_rows(dy, scale.flatten()), Fp8Rows(codes, self._ones), dy.dtype)
         return found if into is None else into.add_(found)
 
     def _weight(self, dtype: torch.dtype, *, turn: bool) -> Fp8Rows:

@@ -118,3 +118,10 @@ def test_defaults_are_left_to_triton(kernel: Kernel) -> None:
     for _ in range(2):
         launch(kernel, GRID, aligned(), 48, BLOCK=64)
     assert len(kernel.compiled) == 2 and not kernel.launched
+
+
+def test_other_makers_gpus_are_left_to_triton(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    for _ in range(2):
+        launch(kernel, GRID, aligned(), 48, BLOCK=64, LAST=2)
+    assert len(kernel.compiled) == 2 and not kernel.launched
