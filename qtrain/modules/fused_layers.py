@@ -60,18 +60,19 @@ class Member:
         there: object = self.parent._modules.get(self.name)
         if there is not layer:
             return "another module stands there"
-        return "a hook watches inside" if any(map(watched, (base, *self._parts()))) else None
+        inside = (base, *map(self._own, ("lora_A", "lora_B", "lora_dropout")))
+        return "a hook watches inside" if any(map(watched, inside)) else None
 
     def linear(self) -> LoraLinear:
         """The adapter as it is by now."""
-        a, b, _ = self._parts()
-        assert isinstance(a.weight, Tensor) and isinstance(b.weight, Tensor)
-        return LoraLinear(self.frozen, a.weight, b.weight, float(self.layer.scaling[self.adapter]))
+        a, b = self._own("lora_A").weight, self._own("lora_B").weight
+        assert isinstance(a, Tensor) and isinstance(b, Tensor)
+        return LoraLinear(self.frozen, a, b, float(self.layer.scaling[self.adapter]))
 
     @property
     def dropout_layer(self) -> nn.Module:
         """PEFT's own; the identity where nothing is dropped."""
-        return self._parts()[2]
+        return self._own("lora_dropout")
 
     @property
     def dropout(self) -> float:
@@ -83,9 +84,6 @@ class Member:
     def device(self) -> torch.device:
         """Of the adapter."""
         return self.linear().a.device
-
-    def _parts(self) -> tuple[nn.Module, nn.Module, nn.Module]:
-        return self._own("lora_A"), self._own("lora_B"), self._own("lora_dropout")
 
     def _own(self, kind: str) -> nn.Module:
         """The adapter's part in one of the layer's dictionaries."""
