@@ -125,3 +125,23 @@ def test_other_makers_gpus_are_left_to_triton(kernel: Kernel, monkeypatch: pytes
     for _ in range(2):
         launch(kernel, GRID, aligned(), 48, BLOCK=64, LAST=2)
     assert len(kernel.compiled) == 2 and not kernel.launched
+
+
+@pytest.mark.gpu
+def test_kernels_are_found_again_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever Triton's version hands back: were it not known again, launches would be slow and nothing else."""
+    from qtrain.kernels.code_rows import turned
+    from qtrain.kernels.int8_matmul import int8_matmul, plain_int8_matmul
+
+    monkeypatch.setattr(module, "_KNOWN", {})
+    numbers = torch.randint(-128, 128, (256 * 512 + 1,), dtype=torch.int8, device="cuda")
+    kinds = numbers[:-1].view(256, 512), numbers[1:].view(256, 512), numbers[: 255 * 511].view(255, 511)
+    for known, q in enumerate(kinds, 1):
+        for _ in range(3):
+            assert torch.equal(turned(q), q.t().contiguous())
+        assert len(module._KNOWN) == known
+    a, scale = kinds[0], torch.rand(256, device="cuda")
+    for _ in range(3):
+        wanted = plain_int8_matmul(a, a, scale, scale, None, torch.bfloat16)
+        assert torch.equal(int8_matmul(a, a, scale, scale, None, torch.bfloat16), wanted)
+    assert len(module._KNOWN) == len(kinds) + 1
