@@ -102,7 +102,7 @@ class Part(NamedTuple):
     @property
     def ranks(self) -> list[int]:
         """r of each."""
-        return [len(a) for a in self.a]
+        return [a.shape[0] for a in self.a]  # len asks through Python
 
     def widened(self, dtype: torch.dtype) -> Sequence[WidenedWeight] | None:
         """The weights, if all of them may have others beside them."""
@@ -240,7 +240,9 @@ class Part(NamedTuple):
         return (self.a[0] if len(self.a) == 1 else torch.cat(self.a)).to(dtype)
 
     def _split(self, low: Tensor) -> tuple[Tensor, ...]:
-        parts: tuple[Tensor, ...] = low.split(self.ranks, 1)
+        if len(self.a) == 1:
+            return (low,)
+        parts: tuple[Tensor, ...] = torch.split_with_sizes(low, self.ranks, 1)
         return parts
 
 
@@ -258,7 +260,7 @@ def _to(factors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 def _pieces(flat: Tensor, shapes: Sequence[torch.Size]) -> tuple[Tensor, ...]:
     """Of one memory, in these shapes."""
-    parts: tuple[Tensor, ...] = flat.split([shape.numel() for shape in shapes])
+    parts = torch.split_with_sizes(flat, [shape.numel() for shape in shapes])
     return tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True))
 
 

@@ -212,9 +212,11 @@ def _halves(factors: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor
 
 
 def _shaped(y: Tensor, shape: torch.Size, compute: Compute) -> Tensor:
-    """[.., out] of x [.., in], not as a view: one made without gradients could not be written to later."""
-    shaped: Tensor = torch.ops.aten._unsafe_view(y, [*shape[:-1], y.shape[-1]])
-    return shaped.to(compute.result)
+    """[.., out] of x [.., in], in place, not as a view: one made without gradients could not be written to later."""
+    assert y.is_contiguous(), y.stride()
+    if len(shape) != 2:
+        y.resize_(*shape[:-1], y.shape[-1])
+    return y.to(compute.result)
 
 
 def _as_given(d_rows: Tensor | None, ctx: Any) -> Tensor | None:
