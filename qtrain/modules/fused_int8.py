@@ -194,13 +194,13 @@ def _not_ready(layers: Sequence[QuantLinear]) -> str | None:
             return WATCHED
         if layer.lora_A is not None:
             return "adapters inside"
-        _, input_rule = layer.rules()
         if why := layer.lacks_product(layer.kernels):
             return why
-        if not all(quantizer is not None and quantizer.ready for quantizer in layer.quantizers()):
+        for_weight, for_input = layer.quantizers()
+        assert for_weight is not None and for_input is not None  # else there were no product
+        if not for_weight.ready or not for_input.ready:
             return "ranges that are not found yet"
-        assert input_rule is not None
-        keys.add(input_rule.key)
+        keys.add(for_input.rule.key)
     return None if len(keys) == 1 else "inputs of one are quantized otherwise"
 
 
