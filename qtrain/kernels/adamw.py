@@ -69,7 +69,7 @@ def adamw_(
     Args:
         weight, gradient, m, v: of one shape, fp32 or bf16 each; m and v contiguous.
         keys: of the random bits; the same keys round alike.
-        factor: of the gradient, fp32 [] on its device.
+        factor: of the gradient, fp32 [] on its device; below 0 nothing is done.
     """
     gradient = gradient.contiguous()
     own = weight if weight.is_contiguous() else weight.contiguous()
@@ -120,6 +120,8 @@ def plain_(
     factor: Tensor | None = None,
 ) -> None:
     """``adamw_`` in PyTorch's operations."""
+    if factor is not None and factor < 0:
+        return
     parts = [tensor.view(-1) for tensor in (weight, gradient, m, v)]
     rounds = any(tensor.dtype == torch.bfloat16 for tensor in (weight, m, v))
     for start in range(0, weight.numel(), CHUNK):

@@ -112,7 +112,7 @@ def adamw8_(tensors: Sequence[Parts], step: AdamW8Step, maps: Maps, factor: Tens
     """One step on all of them, in place, in one launch on the current stream; they fit, and are of one dtype.
 
     Args:
-        factor: of the gradients, fp32 [] on their device.
+        factor: of the gradients, fp32 [] on their device; below 0 nothing is done.
     """
     Tensors(tensors).step_([parts.gradient for parts in tensors], step, maps, factor)
 
@@ -153,6 +153,8 @@ def readable(part: Tensor) -> bool:
 @torch.no_grad()
 def plain_(parts: Parts, step: AdamW8Step, maps: Maps, factor: Tensor | None = None) -> None:
     """``adamw8_`` of one tensor in PyTorch's operations."""
+    if factor is not None and factor < 0:
+        return
     weight = parts.weight
     # What fills the last block is not finite either.
     w, g = _blocks(weight.float()), _blocks(parts.gradient.float(), torch.inf)

@@ -54,7 +54,7 @@ def adamw8_(
     Args:
         gradients: where they lie.
         step, maps: an ``AdamW8Step``, and ``Maps``.
-        factor: of the gradients, fp32 [] on their device.
+        factor: of the gradients, fp32 [] on their device; below 0 nothing is done.
     """
     device = maps[0].device
     # From pinned memory, of its own at each step: the host goes on, and may be at the next step before it is copied.
@@ -177,6 +177,8 @@ def _adamw8(  # type: ignore[no-untyped-def]
     row = places_ptr + owner * 7
     first = (program - tl.load(row + 6)) * BLOCKS
     size = tl.load(row + 5)
+    if FACTOR:
+        size = tl.where(tl.load(factor_ptr) < 0, 0, size)
     w_ptr, g_ptr = _at(row, DTYPE), _at(gradients_ptr + owner, DTYPE)
     codes1_ptr, codes2_ptr = _at(row + 1, tl.uint8), _at(row + 2, tl.uint8)
     absmax1_ptr, absmax2_ptr = _at(row + 3, tl.float32), _at(row + 4, tl.float32)

@@ -43,7 +43,8 @@ def adamw_(
 
     Args:
         step: the numbers of an ``AdamWStep``.
-        factor: of the gradient, fp32 [] on its device: a pointer, so that the host does not wait for it.
+        factor: of the gradient, fp32 [] on its device, below 0 nothing is done: a pointer, so that the host does not
+            wait for it.
     """
     size = weight.numel()
     first, second = map(_as_int32, keys)
@@ -146,12 +147,15 @@ def _block(  # type: ignore[no-untyped-def]
     FACTOR: tl.constexpr,
 ):
     there = place < size
+    if FACTOR:
+        factor = tl.load(factor_ptr)
+        there = there & ((factor < 0) == 0)  # the same for all, so that loads stay whole
     w = tl.load(w_ptr + place, mask=there, other=0.0).to(tl.float32)
     g = tl.load(g_ptr + place, mask=there, other=0.0).to(tl.float32)
     m = tl.load(m_ptr + place, mask=there, other=0.0).to(tl.float32)
     v = tl.load(v_ptr + place, mask=there, other=0.0).to(tl.float32)
     if FACTOR:
-        g = g * tl.load(factor_ptr)
+        g = g * factor
     m = m + (g - m) * share
     v = v * beta2 + g * g * square_share
     spread = tl.math.sqrt_rn(v) * correction + eps

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from qtrain.kernels import adamw8
 from qtrain.kernels.adamw8 import AdamW8Step, Maps, Parts
-from qtrain.training.gradients import gradients_of, scale_
+from qtrain.training.gradients import gradients_of, scale_, unless
 
 log = logging.getLogger(__name__)
 ROOM = 0.1
@@ -71,16 +71,18 @@ class _OneLaunch:
     """Parameters that the kernel knows are put down as bitsandbytes comes by, and updated together at the end.
 
     Where those were all, they are not come by again as long as everything lies where it did: 448 times 20 us of the
-    host, and the GPU has nothing to do once ``NanGuard`` has waited for it.
+    host.
 
     Kernels of one stream run in order, on paged states too: the host goes on, and waits where it reads managed memory
     itself, in ``state_dict``. bitsandbytes' kernels run on the default stream: on another one its waits stay.
 
     Attributes:
         gradient_factor: fp32 [], by which the next step multiplies each gradient; for that step alone.
+        found_inf: fp32 []; where it is not 0 the next step leaves all weights and states as they are.
     """
 
     gradient_factor: Tensor | None = None
+    found_inf: Tensor | None = None
     _roomy = False
     _device: torch.device | None = None
     _found: dict[tuple[int, int, torch.dtype], list[tuple[dict[str, Any], Parts]]] | None = None
@@ -95,10 +97,12 @@ class _OneLaunch:
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        factor, self.gradient_factor = self.gradient_factor, None  # after the closure, which may have set it
+        factor, stop = self.gradient_factor, self.found_inf  # after the closure, which may have set them
+        self.gradient_factor = self.found_inf = None
         self._roomy = _has_room()
         try:
-            if not self._again(factor):
+            # bitsandbytes' own kernels are told no such thing: before them it is waited for.
+            if not self._again(unless(stop, factor)) and (stop is None or not stop):
                 self._one_by_one(factor)
         finally:
             self._roomy = False

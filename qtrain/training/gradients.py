@@ -37,6 +37,29 @@ def clip_factor(gradients: Iterable[Tensor], limit: float) -> Tensor | None:
     return torch.clamp(limit / (total + 1e-6), max=1.0)
 
 
+@torch.no_grad()
+def norms(gradients: Sequence[Tensor]) -> Tensor:
+    """The largest magnitude in each, [n] on the first one's device; NaN where one is in it."""
+    found: dict[int, Tensor] = {}
+    for same in _of_one_kind(gradients):
+        largest = torch._foreach_norm(same, float("inf"), dtype=_at_least_fp32(same[0]))
+        found |= {id(gradient): norm for gradient, norm in zip(same, largest, strict=True)}
+    widest = torch.float64 if any(norm.dtype == torch.float64 for norm in found.values()) else torch.float32
+    return torch.stack([found[id(gradient)].to(gradients[0].device, widest) for gradient in gradients])
+
+
+def leaves_out(optimizer: Optimizer) -> bool:
+    """Whether its step does nothing where its ``found_inf``, fp32 [] on a GPU, is not 0: fused ones of torch, ours."""
+    return hasattr(optimizer, "found_inf") or bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def unless(found_inf: Tensor | None, factor: Tensor | None) -> Tensor | None:
+    """A kernel's factor of the gradients, fp32 []: -1, at which it does nothing, where ``found_inf`` is not 0."""
+    if found_inf is None:
+        return factor
+    return torch.where(found_inf != 0, -1.0, found_inf.new_ones(()) if factor is None else factor)
+
+
 class OnHost:
     """A small tensor on its way from a GPU to the host, which goes on meanwhile.
 
@@ -73,8 +96,8 @@ def steps_are_read(trainer: Trainer) -> bool:
 class EarlyClip:
     """``clip_factor`` launched as soon as the backward is, while the GPU is busy still.
 
-    Once ``NanGuard`` has waited for the GPU, it would wait for hundreds of norms to be launched: 3 of 450 ms a step of
-    a 7B Llama with adapters.
+    Where ``NanGuard`` has to wait for the GPU, that would wait for hundreds of norms to be launched afterwards: 3 of
+    450 ms a step of a 7B Llama with adapters.
     """
 
     def __init__(self, gradients: Sequence[Tensor], limit: float) -> None:

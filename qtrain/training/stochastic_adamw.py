@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from qtrain.kernels.adamw import AdamWStep, Parts, adamw_all_, stream_keys
+from qtrain.training.gradients import unless
 
 SMALLEST_16BIT = 4096
 """Elements from which moments are in 16 bits: as bitsandbytes has it for 8."""
@@ -35,9 +36,11 @@ class StochasticAdamW(Optimizer):
 
     Attributes:
         gradient_factor: fp32 [], by which the next step multiplies each gradient as it reads it; for that step alone.
+        found_inf: fp32 []; where it is not 0 the next step leaves all weights and moments as they are.
     """
 
     gradient_factor: Tensor | None = None
+    found_inf: Tensor | None = None
 
     def __init__(
         self,
@@ -60,7 +63,8 @@ class StochasticAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        factor, self.gradient_factor = self.gradient_factor, None  # after the closure, which may have set it
+        factor = unless(self.found_inf, self.gradient_factor)  # after the closure, which may have set them
+        self.found_inf = self.gradient_factor = None
         number = -1
         for group in self.param_groups:
             taken: dict[tuple[int, torch.device], list[Parts]] = defaultdict(list)

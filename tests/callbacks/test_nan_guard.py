@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,8 +12,11 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from qtrain.callbacks import nan_guard
 from qtrain.callbacks.nan_guard import NanGuard
 from qtrain.errors import ModelError
+from qtrain.training.bnb_optimizers import AdamW8bit, PagedAdamW32bit
+from qtrain.training.stochastic_adamw import StochasticAdamW
 
 pytestmark = [
     # A few rows in memory need no workers, and a short run logs less often than Lightning's default.
@@ -18,6 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*smaller than the logging interval"),
     # Lightning 2.6 on torch 2.13.
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU"),
 ]
 
 
@@ -178,6 +185,126 @@ def test_manual_optimization_is_guarded_too() -> None:
         model.layers[0].weight.fill_(torch.nan)
     with pytest.raises(ModelError, match="the loss is nan at step 0 .*cannot be run again"):
         fit(model)
+
+
+class LeftOut(Regression):
+    """By an optimizer that leaves out steps by itself."""
+
+    def __init__(self, make: Callable[..., torch.optim.Optimizer], *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self.make = make
+        self.seen: list[Tensor] = []
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        self.optimizer = self.make([{"params": list(self.parameters())}], lr=0.1)
+        return self.optimizer
+
+    def on_train_batch_end(self, *_: object) -> None:
+        self.seen.append(weights(self).clone())
+
+
+LEAVE_OUT = {
+    "torch's, fused": partial(torch.optim.AdamW, fused=True),
+    "rounding by chance": StochasticAdamW,
+    "8-bit": AdamW8bit,
+    "paged": PagedAdamW32bit,
+}
+
+
+@pytest.fixture
+def later(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """As on a GPU; optimizers that were not waited for."""
+    found: list[object] = []
+
+    def later(look: Any, optimizer: torch.optim.Optimizer) -> bool:
+        found.extend([optimizer] * nan_guard.leaves_out(optimizer))
+        return nan_guard.leaves_out(optimizer)
+
+    monkeypatch.setattr(nan_guard, "_later", later)
+    return found
+
+
+@pytest.mark.parametrize("kind", LEAVE_OUT)
+@pytest.mark.parametrize("gradient_clip_val", [None, 0.3])
+def test_a_step_that_the_optimizer_leaves_out_is_looked_at_a_step_later(
+    kind: str, gradient_clip_val: float | None, later: list[object]
+) -> None:
+    rows = [torch.ones(4) for _ in range(8)]
+    rows[4] = torch.full((4,), torch.nan)
+    model = LeftOut(LEAVE_OUT[kind], nn.Identity(), four())
+    with pytest.raises(ModelError, match=r"the loss is nan at step 4 \(epoch 0, batch 4\); .*: layers.0 \(nan\)"):
+        fit(model, rows, gradient_clip_val=gradient_clip_val)
+    assert len(later) == 5 and len(model.seen) == 5  # the sixth batch saw it
+    assert torch.equal(model.seen[4], model.seen[3]) and torch.equal(weights(model), model.seen[3])
+    assert not torch.equal(model.seen[3], model.seen[2]) and model.seen[3].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", LEAVE_OUT)
+def test_its_gradients_are_named_though_others_lie_there(kind: str, later: list[object]) -> None:
+    class RootOnce(Root):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(x) if self.calls == 2 else x + self.weight
+
+    model = LeftOut(LEAVE_OUT[kind], four(), four(), RootOnce(), four())
+    with pytest.raises(ModelError, match=r"1 of 7 gradients are not at step 1 \(.*batch 1\); .*: layers\.2\.weight"):
+        fit(model)
+    assert torch.equal(weights(model), model.seen[0]) and len(later) == 2
+
+
+def test_the_last_step_is_looked_at_before_anything_follows(later: list[object], tmp_path: Path) -> None:
+    """The end, validation, a checkpoint, which is not written."""
+    rows = [torch.ones(4), torch.full((4,), torch.nan)]
+    bad = pytest.raises(ModelError, match="the loss is nan at step 1 ")
+    with bad:
+        fit(LeftOut(StochasticAdamW, four()), rows)
+
+    class Validated(LeftOut):
+        validated = 0
+
+        def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+            self.validated += 1
+
+        def val_dataloader(self) -> Any:
+            return DataLoader([torch.ones(4)])  # type: ignore[arg-type]
+
+    model = Validated(StochasticAdamW, four())
+    with bad:
+        fit(model, [*rows, rows[0]], val_check_interval=2, num_sanity_val_steps=0)
+    assert len(model.seen) == 2 and not model.validated
+
+    class Saving(LeftOut):
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+            self.trainer.save_checkpoint(tmp_path / f"{batch_idx}.ckpt")
+
+    with bad:
+        fit(Saving(StochasticAdamW, four()), [*rows, rows[0]])
+    assert [path.name for path in tmp_path.iterdir()] == ["0.ckpt"]
+
+
+def test_a_healthy_fit_leaves_no_step_out(later: list[object]) -> None:
+    def made() -> LeftOut:
+        torch.manual_seed(0)
+        return LeftOut(LEAVE_OUT["torch's, fused"], four())
+
+    guarded, plain = made(), made()
+    fit(guarded)
+    optimizer = plain.configure_optimizers()
+    for row in 6 * [torch.ones(1, 4)]:
+        optimizer.zero_grad()
+        (plain.layers(row) ** 2).mean().backward()
+        optimizer.step()
+    assert torch.equal(weights(guarded), weights(plain)) and len(later) == 6
+    assert getattr(guarded.optimizer, "found_inf", None) is None
+
+
+def test_another_optimizer_is_waited_for(later: list[object]) -> None:
+    model = LeftOut(partial(torch.optim.AdamW, foreach=True), nn.Identity(), four())
+    with pytest.raises(ModelError, match="the loss is nan at step 1 "):
+        fit(model, [torch.ones(4), torch.full((4,), torch.nan), torch.ones(4)])
+    assert len(model.seen) == 1 and not later
 
 
 def test_gradients_are_left_to_an_fp16_scaler() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qtrain.kernels import adamw
 from qtrain.kernels.adamw import AdamWStep, plain_, stream_keys
+from qtrain.training.gradients import unless
 
 triton = pytest.importorskip("triton")
 
@@ -85,6 +86,27 @@ def test_a_factor_is_a_gradient_multiplied_beforehand(
         fused = ON_GPU and kernel is not plain_
         close = 0.0 if not fused else 2**-7 if one.dtype == BF16 else 1e-5
         torch.testing.assert_close(one, other, rtol=close, atol=1e-9 if close else 0.0, equal_nan=True)
+
+
+@here
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("tiled", [False, True])
+def test_nothing_is_done_by_a_factor_below_0(together: bool, tiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ``found_inf`` becomes; numbers that are not finite stay where they are."""
+    monkeypatch.setattr(adamw_tiles, "fits", lambda x: tiled)
+    ours = tensors((67, 31), KINDS[0])
+    ours[1][3] = torch.nan
+    before = [one.clone() for one in ours]
+    for found, same in ((1.0, True), (0.0, False)):
+        factor = unless(torch.tensor(found, device=ours[0].device), torch.tensor(0.5, device=ours[0].device))
+        parts = adamw.Parts(*ours, stream_keys(3))  # type: ignore[arg-type]
+        if together:
+            adamw.adamw_all_([parts], STEP, factor)
+        else:
+            adamw.adamw_(*parts[:4], STEP, parts.keys, factor)
+        for one, old in zip((ours[0], *ours[2:]), (before[0], *before[2:]), strict=True):
+            assert bool(((one == old) | one.isnan() & old.isnan()).all()) == same
+    assert before[0][3].isfinite().all() and ours[0][3].isnan().all()
 
 
 @here

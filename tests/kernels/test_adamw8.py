@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from qtrain.kernels import adamw8
 from qtrain.kernels.adamw8 import AdamW8Step, Maps, Parts, bounds, plain_, starts
 from qtrain.training import bnb_optimizers
+from qtrain.training.gradients import unless
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -296,6 +297,44 @@ def test_a_factor_is_that_of_the_gradients() -> None:
         for name in ("weight", "codes1", "codes2", "absmax1", "absmax2"):
             assert torch.equal(getattr(one, name), getattr(other, name))
             assert torch.equal(getattr(one, name).cpu(), getattr(twin, name))
+
+
+@KERNEL
+def test_nothing_is_done_by_a_factor_below_0() -> None:
+    """What ``found_inf`` becomes: codes and moments stay too, where gradients are not finite as elsewhere."""
+    ours = [example(size, torch.float32) for size in (300, 2048)]
+    ours[0].gradient[7] = torch.nan
+    plain, before = copies(ours), copies(ours)
+    for found, same in ((1.0, True), (0.0, False)):
+        factor = unless(torch.tensor(found, device=DEVICE), None)
+        adamw8.adamw8_(ours, AdamW8Step.of(2, **RATES), MAPS, factor)
+        assert factor is not None
+        for one, twin, old in zip(ours, plain, before, strict=True):
+            plain_(twin, AdamW8Step.of(2, **RATES), Maps.of(SIGNED, UNSIGNED), factor.cpu())
+            for name in ("weight", "codes1", "codes2", "absmax1", "absmax2"):
+                assert torch.equal(getattr(one, name).cpu(), getattr(twin, name))
+                assert torch.equal(getattr(twin, name), getattr(old, name)) == same
+
+
+@KERNEL
+@pytest.mark.parametrize("tiled", [False, True], ids=["one by one", "together"])
+def test_a_step_is_left_out_where_something_is_not_finite(tiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it would be a launch, or bitsandbytes'; the next one is taken."""
+    monkeypatch.setattr(adamw8.adamw8_tiles, "reaches", lambda x: tiled or x.is_cuda)
+    weight = torch.nn.Parameter(torch.randn(64, 70, device=DEVICE))
+    optimizer = bnb_optimizers.AdamW8bit([weight], lr=1e-3)
+    moved = []
+    for found in (None, 0.0, 1.0, 0.0):
+        weight.grad = torch.randn_like(weight) if found != 1.0 else torch.full_like(weight, torch.nan)
+        optimizer.found_inf = None if found is None else torch.tensor(found, device=DEVICE)
+        before = {name: one.clone() for name, one in optimizer.state[weight].items() if isinstance(one, torch.Tensor)}
+        old = weight.detach().clone()
+        optimizer.step()
+        moved.append(not torch.equal(weight, old))
+        assert optimizer.found_inf is None
+        if found == 1.0:
+            assert all(torch.equal(optimizer.state[weight][name], one) for name, one in before.items())
+    assert moved == [True, True, False, True] and weight.isfinite().all()
 
 
 @KERNEL
