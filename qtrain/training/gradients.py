@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
+from functools import cache
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -65,22 +66,36 @@ class OnHost:
 
     Args:
         asked: False leaves it on the GPU, where nothing waits for it.
+        since: from when on it is there; default: once all is done that was launched before.
     """
 
-    def __init__(self, tensor: Tensor, *, asked: bool = True) -> None:
+    def __init__(self, tensor: Tensor, *, asked: bool = True, since: torch.cuda.Event | None = None) -> None:
         self._arrived: torch.cuda.Event | None = None
         self._tensor = tensor
-        if asked and tensor.is_cuda:
-            self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        if not asked or not tensor.is_cuda:
+            return
+        self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        stream = torch.cuda.current_stream(tensor.device)
+        if since is not None:
+            stream = _aside(tensor.device)
+            stream.wait_event(since)
+            tensor.record_stream(stream)
+        with torch.cuda.stream(stream):
             self._tensor.copy_(tensor, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
+        self._arrived = torch.cuda.Event()
+        self._arrived.record(stream)
 
     def get(self) -> Tensor:
         """It, once it is there; what was launched after it is not waited for."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._tensor
+
+
+@cache
+def _aside(device: torch.device) -> torch.cuda.Stream:
+    """For copies that are not to wait for products."""
+    return torch.cuda.Stream(device)
 
 
 def steps_are_read(trainer: Trainer) -> bool:

@@ -357,7 +357,7 @@ class LanguageModule(L.LightningModule):
         """Send the sums of a step to the host, where its gradients are means already."""
         assert self._window is not None
         if self._window.means:
-            self._sums = OnHost(self._window.close(), asked=self._read)
+            self._sums = OnHost(self._window.close(), asked=self._read, since=self._window.since)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turn the window's sum of gradients into the gradient of the mean over its tokens, if it is not that yet."""
@@ -383,7 +383,7 @@ class LanguageModule(L.LightningModule):
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         optimizer.zero_grad(set_to_none=True)
         assert self._sums is not None
-        loss, tokens = self._sums.get()  # once the optimizer is launched: it runs while the host goes on
+        loss, tokens = self._sums.get()  # once the optimizer is launched: backward and it run while the host goes on
         # Tensors of the host's where each is read: of a GPU's a logger would wait for the optimizer too.
         self.log("train/loss", (loss / tokens.clamp(min=1)).float(), prog_bar=True)
         self.log("train/lr", torch.tensor(float(optimizer.param_groups[0]["lr"])))

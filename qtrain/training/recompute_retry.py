@@ -87,6 +87,9 @@ class AccumulationWindow:
         context: of forward passes, such as autocast.
         scale: what Lightning divides each loss by.
         alone: whether this process trains alone; others would wait at their exchange of gradients for ever.
+
+    Attributes:
+        since: from when on a GPU has the sums of the window that was closed last, where that is before its backward.
     """
 
     def __init__(
@@ -106,6 +109,8 @@ class AccumulationWindow:
         self._parts = 1
         self._kept: list[MicroBatch] = []
         self._sums: list[Tensor] = []
+        self._summed_up: torch.cuda.Event | None = None
+        self.since: torch.cuda.Event | None = None
         self._tokens: Tensor | None = None  # of the micro-batch that ``forward`` had last, whole
 
     @property
@@ -168,7 +173,8 @@ class AccumulationWindow:
 
     def close(self) -> Tensor:
         """[loss, tokens] float64 of the whole window, which ends here."""
-        total = torch.stack(self._sums).sum(0)
+        alone = len(self._sums) == 1
+        total, self.since = (self._sums[0], self._summed_up) if alone else (torch.stack(self._sums).sum(0), None)
         self._sums.clear()
         self._kept = []
         self._left = max(0, self._left - 1)
@@ -178,6 +184,9 @@ class AccumulationWindow:
         loss = self._loss(batch)
         tokens = batch["loss_tokens"].to(loss.device)
         self._sums.append(torch.stack((loss.detach().double(), tokens.double())))
+        if loss.is_cuda:
+            self._summed_up = torch.cuda.Event()
+            self._summed_up.record()
         return loss
 
     def _weight(self, loss: Tensor, tokens: Tensor) -> Tensor | None:

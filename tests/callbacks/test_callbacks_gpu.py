@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch.utils.data import DataLoader
 from qtrain.callbacks.nan_guard import NanGuard
 from qtrain.callbacks.throughput import Throughput
 from qtrain.errors import ModelError
+from qtrain.training.bnb_optimizers import AdamW8bit, PagedAdamW8bit, PagedAdamW32bit
+from qtrain.training.stochastic_adamw import StochasticAdamW
 
 pytestmark = [
     pytest.mark.gpu,
@@ -68,3 +71,32 @@ def test_the_layer_is_named_on_a_device_that_runs_ahead(tmp_path: Path) -> None:
         model.layers[2].weight.fill_(torch.nan)  # type: ignore[operator, union-attr]
     with pytest.raises(ModelError, match=r"the loss is nan at step 0 .*: layers\.2 \(nan\), whose weight"):
         fit(tmp_path, model, NanGuard())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [partial(torch.optim.AdamW, fused=True), StochasticAdamW, AdamW8bit, PagedAdamW8bit, PagedAdamW32bit],
+    ids=["fused", "by chance", "8-bit", "paged 8-bit", "paged"],
+)
+def test_a_step_is_left_out_on_the_device(make: Any, tmp_path: Path) -> None:
+    """And seen a step later, when the weights are still those before it."""
+    seen: list[Tensor] = []
+
+    class Broken(Wide):
+        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+            x = batch["x"] * torch.nan if batch_idx == 5 else batch["x"]
+            loss: Tensor = (self.layers(x) ** 2).mean()
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            optimizer: torch.optim.Optimizer = make([{"params": list(self.parameters())}], lr=1e-3)
+            return optimizer
+
+        def on_train_batch_end(self, *_: object) -> None:
+            seen.append(self.layers[0].weight.detach().clone())  # type: ignore[operator, union-attr, arg-type]
+
+    model = Broken()
+    with pytest.raises(ModelError, match=r"the loss is nan at step 5 \(epoch 0, batch 5\); .*: layers\.0 \(nan\)"):
+        fit(tmp_path, model, NanGuard())
+    assert len(seen) == 6 and torch.equal(seen[5], seen[4]) and not torch.equal(seen[4], seen[3])
+    assert torch.equal(model.layers[0].weight.cpu(), seen[4].cpu())  # type: ignore[operator, union-attr, arg-type]

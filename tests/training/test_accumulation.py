@@ -193,6 +193,18 @@ def test_sums_arrive_before_they_are_read() -> None:
     assert OnHost(total).get().tolist() == [3.0, 4.0]
 
 
+@pytest.mark.gpu
+def test_sums_do_not_wait_for_what_was_launched_after_them() -> None:
+    x, total = torch.randn(8192, 8192, device="cuda"), torch.tensor([3.0, 4.0], device="cuda")
+    since, busy = torch.cuda.Event(), torch.cuda.Event()
+    since.record()
+    for _ in range(200):
+        x = x @ x / 8192
+    busy.record()
+    assert OnHost(total, since=since).get().tolist() == [3.0, 4.0] and not busy.query()
+    assert OnHost(total).get().tolist() == [3.0, 4.0] and busy.query()
+
+
 @pytest.mark.parametrize(
     ("given", "read"),
     [
