@@ -7,6 +7,7 @@ an H200 with 16 virtual cores waited for the host for a fifth of each step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,12 +32,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     Raises:
         TypeError: a number among ``args`` is compiled in.
     """
-    # Triton's interpreter; and for AMD's GPUs it knows more of a tensor than ``_kind``: whether it is below 2 GB.
-    if not isinstance(kernel, JITFunction) or torch.version.hip is not None:
+    if not _looks_up(kernel):
         kernel[grid](*args, **constants)
         return
-    # Kernels live as long as their modules, so none lies where another lay.
-    key = id(kernel), torch.cuda.current_device(), *map(_kind, args), *constants.items()
+    kinds, values = _looked_at(args)
+    key = _key(kernel, kinds, constants)
     known = _KNOWN.get(key)
     if known is None:
         found = kernel[grid](*args, **constants)
@@ -44,16 +44,71 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
             _remember(key, kernel, found, args, constants)
         return
     compiled, rest = known
-    compiled[(*grid, 1, 1)[:3]](*args, *rest)
+    compiled[(*grid, 1, 1)[:3]](*values, *rest)
+
+
+class Prepared:
+    """A launch that is made again and again with one other tensor: the rest is looked at once.
+
+    It holds addresses and no memory; whoever keeps it knows that all still lies there.
+
+    Args:
+        changing: which of ``args`` is another one each time, on a multiple of 16 bytes as this one is.
+    """
+
+    def __init__(
+        self, kernel: Any, grid: tuple[int, ...], args: Sequence[Any], changing: int, **constants: Any
+    ) -> None:
+        self._grid, self._changing = (*grid, 1, 1)[:3], changing
+        self._looks_up = _looks_up(kernel) and args[changing].data_ptr() % 16 == 0
+        if self._looks_up:
+            kinds, self._values = _looked_at(args)
+            self._key = _key(kernel, kinds, constants)
+            self._device = torch.cuda.current_device()
+
+    def __call__(self, changing: Tensor) -> bool:
+        """Launch it; False, and nothing done, where ``launch`` has to: the first time, or for another kind of place."""
+        if not self._looks_up:
+            return False
+        known, place = _KNOWN.get(self._key), changing.data_ptr()
+        if known is None or place % 16 or torch.cuda.current_device() != self._device:
+            return False
+        self._values[self._changing] = place
+        compiled, rest = known
+        compiled[self._grid](*self._values, *rest)
+        return True
+
+
+def _looks_up(kernel: Any) -> bool:
+    """Not in Triton's interpreter; and for AMD's GPUs it knows more of a tensor: whether it is below 2 GB."""
+    return isinstance(kernel, JITFunction) and torch.version.hip is None
+
+
+def _key(kernel: Any, kinds: list[Any], constants: dict[str, Any]) -> tuple[Any, ...]:
+    # Kernels live as long as their modules, so none lies where another lay.
+    return id(kernel), torch.cuda.current_device(), *kinds, *constants.items()
+
+
+def _looked_at(args: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """The kind of each argument, and what stands for it: Triton takes addresses, which it would ask tensors for."""
+    kinds, values = [], []
+    for value in args:
+        if isinstance(value, Tensor):
+            place = value.data_ptr()
+            # A tensor elsewhere is of another kind, for Triton to refuse.
+            kinds.append((value.dtype, place % 16 == 0, value.get_device()))
+            values.append(place)
+        else:
+            kinds.append(_kind(value))
+            values.append(value)
+    return kinds, values
 
 
 def _kind(value: Any) -> Any:
-    """All that compiled code knows of an argument: types, and of addresses and integers whether 16 divides them.
+    """All that compiled code knows of a number or a descriptor: its type, and of integers whether 16 divides them.
 
     What it is compiled for by value, or Triton knows in another way, stands for itself.
     """
-    if isinstance(value, Tensor):
-        return value.dtype, value.data_ptr() % 16 == 0
     kind = type(value)
     if kind is int:
         return value == 1, value % 16 == 0, -(2**31) <= value < 2**31, value < 2**63
@@ -65,7 +120,7 @@ def _kind(value: Any) -> Any:
 
 
 def _remember(
-    key: tuple[Any, ...], kernel: Any, found: CompiledKernel, args: tuple[Any, ...], constants: dict[str, Any]
+    key: tuple[Any, ...], kernel: Any, found: CompiledKernel, args: Sequence[Any], constants: dict[str, Any]
 ) -> None:
     names = kernel.arg_names
     for name, value, parameter in zip(names, args, kernel.params, strict=False):

@@ -59,6 +59,8 @@ def begins_blocks_anew(words: Tensor, state: QuantState) -> bool:
 
 def nf4_dequantize(words: Tensor, state: QuantState, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """The same bits in one pass by Triton (arguments: ``dequantize_4bit``, which also takes what the kernel cannot)."""
+    if nf4_tiles is not None and out is not None and out.dtype == dtype and nf4_tiles.again(words, state, out):
+        return out
     if nf4_tiles is None or not nf4_tiles.fits(words, state, dtype):
         return dequantize_4bit(words, state, dtype, out)
     return nf4_tiles.dequantize(words, state, dtype, out)
@@ -77,7 +79,11 @@ def nf4_fp8_codes(
     Args:
         turn: [in, out] in place of [out, in].
     """
-    fits = nf4_tiles is not None and nf4_tiles.fits(words, state, dtype) and state.shape[-1] % 8 == 0
+    if nf4_tiles is None:
+        return None
+    if (found := nf4_fp8_tiles.again(words, state, scale, dtype, turn)) is not None:
+        return found
+    fits = nf4_tiles.fits(words, state, dtype) and state.shape[-1] % 8 == 0
     known = fits and has_fp8(words.device)
     return nf4_fp8_tiles.codes(words, state, scale, dtype, turn) if known else None
 

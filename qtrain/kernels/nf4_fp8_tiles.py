@@ -14,7 +14,7 @@ from bitsandbytes.functional import QuantState
 from torch import Tensor
 
 from qtrain.kernels.fp8_tiles import _e4m3
-from qtrain.kernels.launch import launch
+from qtrain.kernels.nf4_tiles import Launch, launch_again, launch_first
 from qtrain.kernels.quantize_rows import _to
 
 WORDS, WARPS = 512, 4
@@ -31,13 +31,29 @@ def codes(words: Tensor, state: QuantState, scale: Tensor, dtype: torch.dtype, t
         scale: fp32 of each row of W, [out, 1].
         dtype: in which W is rounded before.
     """
+    scale, out = scale.contiguous(), _room(scale, state, turn)
+    planned = _launch(words, state, scale, dtype, out, turn)
+    launch_first(words, state, ("fp8", dtype, turn), out, planned, scale)
+    return out
+
+
+def again(words: Tensor, state: QuantState, scale: Tensor, dtype: torch.dtype, turn: bool) -> Tensor | None:
+    """``codes`` where this weight had some before, by this scale; None, and nothing done, elsewhere."""
+    out = _room(scale, state, turn)
+    return out if launch_again(words, state, ("fp8", dtype, turn), out, scale.contiguous()) else None
+
+
+def _room(scale: Tensor, state: QuantState, turn: bool) -> Tensor:
     rows, columns = state.shape
-    shape = (columns, rows) if turn else (rows, columns)
-    out = torch.empty(shape, dtype=torch.float8_e4m3fn, device=words.device)
+    return scale.new_empty((columns, rows) if turn else (rows, columns), dtype=torch.float8_e4m3fn)
+
+
+def _launch(words: Tensor, state: QuantState, scale: Tensor, dtype: torch.dtype, out: Tensor, turn: bool) -> Launch:
+    rows, columns = state.shape
     second = state.state2 if state.nested else state
     offset = state.offset if state.nested else state.code
     levels = (state.code, state.absmax, second.code, second.absmax)
-    known = (words.reshape(-1).view(torch.int32), out, scale.contiguous(), *levels)
+    known = (words.reshape(-1).view(torch.int32), out, scale, *levels, offset)
     kinds = {
         "DTYPE": _TYPES[dtype],
         "PER_BLOCK": state.blocksize // 8,
@@ -48,22 +64,12 @@ def codes(words: Tensor, state: QuantState, scale: Tensor, dtype: torch.dtype, t
     }
     if turn:
         grid = (triton.cdiv(rows, ROWS), triton.cdiv(columns, 8 * ACROSS))
-        launch(_turned, grid, *known, offset, rows, columns // 8, ROWS=ROWS, WORDS=ACROSS, num_warps=4, **kinds)
-    else:
-        count = rows * columns // 8
-        assert count + WORDS < 2**31
-        launch(
-            _as_they_lie,
-            (triton.cdiv(count, WORDS),),
-            *known,
-            offset,
-            count,
-            columns // 8,
-            WORDS=WORDS,
-            num_warps=WARPS,
-            **kinds,
-        )
-    return out
+        tiles = {"ROWS": ROWS, "WORDS": ACROSS, "num_warps": 4}
+        return Launch(_turned, grid, (*known, rows, columns // 8), kinds | tiles)
+    count = rows * columns // 8
+    assert count + WORDS < 2**31
+    tiles = {"WORDS": WORDS, "num_warps": WARPS}
+    return Launch(_as_they_lie, (triton.cdiv(count, WORDS),), (*known, count, columns // 8), kinds | tiles)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 from qtrain.kernels import launch as module
-from qtrain.kernels.launch import launch
+from qtrain.kernels.launch import Prepared, launch
 
 GRID = (3,)
 
@@ -69,8 +69,8 @@ def test_the_second_launch_of_a_kind_is_a_look_up(kernel: Kernel) -> None:
         (GRID, {"LAST": 2, "BLOCK": 64, "num_warps": 4})
     ]
     ((grid, (x, *rest)),) = kernel.launched
-    # Grids of three numbers, and the constants in the kernel's own order behind the rest.
-    assert grid == (5, 2, 1) and x is second and rest == [96, 64, 2]
+    # Grids of three numbers, addresses, and the constants in the kernel's own order behind the rest.
+    assert grid == (5, 2, 1) and x == second.data_ptr() and rest == [96, 64, 2]
 
 
 @pytest.mark.parametrize(
@@ -124,6 +124,28 @@ def test_other_makers_gpus_are_left_to_triton(kernel: Kernel, monkeypatch: pytes
     monkeypatch.setattr(torch.version, "hip", "7.0")
     for _ in range(2):
         launch(kernel, GRID, aligned(), 48, BLOCK=64, LAST=2)
+    assert len(kernel.compiled) == 2 and not kernel.launched
+
+
+def test_a_prepared_launch_is_made_with_another_tensor(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once there is what it launches, on that device, and on multiples of 16 bytes."""
+    first, second = aligned(), aligned()
+    prepared = Prepared(kernel, (5, 2), (first, 48), 0, LAST=2, BLOCK=64)
+    assert not prepared(second) and not kernel.launched
+    launch(kernel, GRID, first, 48, LAST=2, BLOCK=64)
+    assert prepared(second) and prepared(first) and not prepared(aligned(1))
+    assert kernel.launched == [((5, 2, 1), (one.data_ptr(), 48, 64, 2)) for one in (second, first)]
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert not prepared(second)
+    assert not Prepared(kernel, GRID, (aligned(1), 48), 0, LAST=2, BLOCK=64)(second)
+    assert not Prepared(lambda: None, GRID, (first, 48), 0, LAST=2, BLOCK=64)(second)
+    assert len(kernel.launched) == 2
+
+
+def test_a_tensor_elsewhere_is_tritons_to_refuse(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch(kernel, GRID, aligned(), 48, LAST=2, BLOCK=64)
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda x: 0)
+    launch(kernel, GRID, aligned(), 48, LAST=2, BLOCK=64)
     assert len(kernel.compiled) == 2 and not kernel.launched
 
 

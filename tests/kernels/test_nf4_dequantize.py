@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -81,6 +83,117 @@ def test_rows_may_lie_apart(shape: tuple[int, int]) -> None:
     assert bool((whole[:, :8] == 7).all()) and bool((whole[:, -16:] == 7).all())
 
 
+class Compiled:
+    """Stands for a jitted function and for what it was compiled to; notes what it is given."""
+
+    def __init__(self, function: Any, given: list[tuple[Any, ...]], first: bool = True) -> None:
+        self.given, self.first = given, first
+        self.arg_names, self.__name__ = function.arg_names, "kernel"
+        self.params = [SimpleNamespace(is_constexpr=False)] * len(self.arg_names)
+
+    def __getitem__(self, grid: Any) -> Any:
+        def run(*args: Any, **constants: Any) -> Compiled:
+            self.given.append(args)
+            return Compiled(self, self.given, first=False)
+
+        return run
+
+
+@pytest.mark.skipif(kernel.nf4_tiles is None, reason="needs Triton")
+@pytest.mark.parametrize("kind", ["dense", "beside others", "lying", "turned"])
+def test_a_weight_is_looked_at_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as it, its scales and what is written lie as they did."""
+    from qtrain.kernels import launch as launches
+
+    nf4, fp8 = kernel.nf4_tiles, kernel.nf4_fp8_tiles
+    assert nf4 is not None and fp8 is not None
+    given: list[tuple[Any, ...]] = []
+    for module, name in ((nf4, "_dequantize"), (fp8, "_as_they_lie"), (fp8, "_turned")):
+        monkeypatch.setattr(module, name, Compiled(getattr(module, name), given))
+    looked: list[int] = []
+    look = launches._looked_at
+    monkeypatch.setattr(launches, "_looked_at", lambda args: (looked.append(1), look(args))[1])
+    for name in ("JITFunction", "CompiledKernel"):
+        monkeypatch.setattr(launches, name, Compiled)
+    monkeypatch.setattr(launches, "_KNOWN", {})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(nf4, "fits", lambda *_: True)
+    monkeypatch.setattr(kernel, "has_fp8", lambda device: True)
+    words, state = quantized((24, 128), "nf4", True)
+    scale = torch.ones(24, 1)
+
+    def asked() -> Tensor:
+        if kind in ("lying", "turned"):
+            codes = kernel.nf4_fp8_codes(words, state, scale, torch.bfloat16, kind == "turned")
+            assert codes is not None and codes.shape == ((128, 24) if kind == "turned" else (24, 128))
+            return codes
+        out = torch.empty(24, 160, dtype=torch.bfloat16)[:, 16:144]
+        return kernel.nf4_dequantize(words, state, torch.bfloat16, out if kind == "beside others" else out.contiguous())
+
+    def address(arg: Any) -> Any:
+        return arg.data_ptr() if isinstance(arg, Tensor) else arg
+
+    held = []  # so that no place is another's
+    for count in (2, 0, 0):  # by ``launch``, and to be launched again
+        held.append(asked())
+        assert sum(looked) == count and address(given[-1][1]) == held[-1].data_ptr()
+        looked.clear()
+    first, second, third = (list(map(address, args)) for args in given)
+    assert first[0] == words.data_ptr() and state.absmax.data_ptr() in first
+    assert len({one[1] for one in (first, second, third)}) == 3
+    for one in (second, third):
+        assert [*one[:1], *one[2 : len(first)]] == [*first[:1], *first[2:]]
+    changes = [lambda: setattr(state, "absmax", state.absmax.clone()), lambda: words.set_(words.clone())]
+    if kind in ("lying", "turned"):
+        changes.append(lambda: scale.set_(scale.clone()))
+    for change in changes:
+        old = list(map(address, given[-1]))
+        change()
+        for count in (2, 0):
+            held.append(asked())
+            assert sum(looked) == count
+            looked.clear()
+            found = list(map(address, given[-1]))
+            assert sum(a != b for a, b in zip(found, old, strict=False)) == 2  # what moved, and what is written
+    assert id(state) in nf4._PLANS
+
+
+@tiles
+def test_nothing_is_kept_of_a_weight_that_is_gone() -> None:
+    assert kernel.nf4_tiles is not None
+    words, state = quantized((24, 128), "nf4", True)
+    kernel.nf4_tiles.dequantize(words, state, torch.bfloat16)
+    key = id(state)
+    assert key in kernel.nf4_tiles._PLANS
+    del state
+    gc.collect()
+    assert key not in kernel.nf4_tiles._PLANS
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_it_is_launched_again_with_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qtrain.kernels import launch as launches
+
+    words, state = quantized((256, 512), "nf4", True)
+    wanted = by_definition(words, state, torch.bfloat16)
+    codes, scale = plain_fp8_rows(wanted)
+    looked: list[int] = []
+    look = launches._looked_at
+    monkeypatch.setattr(launches, "_looked_at", lambda args: (looked.append(1), look(args))[1])
+    held = []
+    for _ in range(3):
+        looked.clear()
+        held += [torch.full_like(wanted, 7.0), torch.full((256, 528), 7.0, device="cuda", dtype=torch.bfloat16)]
+        assert torch.equal(kernel.nf4_dequantize(words, state, torch.bfloat16, held[-2]), wanted)
+        assert torch.equal(kernel.nf4_dequantize(words, state, torch.bfloat16, held[-1][:, 8:-8]), wanted)
+        for turn in (False, True) if kernel.has_fp8(words.device) else ():
+            found = kernel.nf4_fp8_codes(words, state, scale, torch.bfloat16, turn)
+            assert found is not None and torch.equal(found.float(), codes.float().t() if turn else codes.float())
+    assert not looked
+    odd = torch.full((256 * 512 + 1,), 7.0, device="cuda", dtype=torch.bfloat16)[1:].view(256, 512)
+    assert torch.equal(kernel.nf4_dequantize(words, state, torch.bfloat16, odd), wanted)
+
+
 @tiles
 @pytest.mark.parametrize("blocksize", [32, 128, 4096])
 def test_blocks_of_other_sizes(blocksize: int) -> None:
@@ -124,7 +237,7 @@ def test_straight_to_fp8_only_where_the_kernel_compiles(known: bool, monkeypatch
     words, state = quantized((24, 128), "nf4", True)
     monkeypatch.setattr(kernel, "has_fp8", lambda device: known)
     monkeypatch.setattr(kernel, "nf4_tiles", SimpleNamespace(fits=lambda *_: True))
-    monkeypatch.setattr(kernel, "nf4_fp8_tiles", SimpleNamespace(codes=lambda *_: words))
+    monkeypatch.setattr(kernel, "nf4_fp8_tiles", SimpleNamespace(codes=lambda *_: words, again=lambda *_: None))
     assert (kernel.nf4_fp8_codes(words, state, torch.ones(24, 1), torch.bfloat16) is words) == known
 
 
