@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -36,6 +37,17 @@ def fp8_rows(x: Tensor, factor: Tensor | None = None) -> Fp8Rows:
     if fp8_tiles is not None and has_fp8(x.device) and x.numel():
         return Fp8Rows(*fp8_tiles.fp8_rows(x, factor))
     return plain_fp8_rows(x, factor)
+
+
+def fp8_rows_beside(xs: Sequence[Tensor], factor: Tensor) -> Fp8Rows:
+    """``fp8_rows`` of x_i [rows, n_i] side by side, by a factor [sum of n_i]; a row has one scale over all of them.
+
+    e4m3 has its three bits of mantissa down to 2^-15 of the largest: x_i may be of very different sizes.
+    """
+    on_units = fp8_tiles is not None and has_fp8(xs[0].device) and all(x.numel() for x in xs)
+    if on_units and len(xs) <= fp8_tiles.SOURCES:
+        return Fp8Rows(*fp8_tiles.fp8_rows_beside(xs, factor))
+    return fp8_rows(torch.cat(list(xs), 1), factor)
 
 
 def plain_fp8_rows(x: Tensor, factor: Tensor | None = None) -> Fp8Rows:

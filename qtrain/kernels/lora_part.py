@@ -50,6 +50,13 @@ class WidenedWeight(FrozenWeight, Protocol):
         """b [out]."""
 
 
+class SummedWeight(FrozenWeight, Protocol):
+    """One that may be multiplied together with others."""
+
+    def summed_gradient(self, others: Sequence[FrozenWeight], dys: Sequence[Tensor], width: int) -> Tensor | None:
+        """The sum of dy W [rows, width] over this weight and others; None where it is to be found one by one."""
+
+
 class Dropout(NamedTuple):
     """A mask that is drawn again from its seed where it is needed again."""
 
@@ -176,6 +183,11 @@ class Part(NamedTuple):
         Args:
             beside: the last of ``dys`` and ``d_low`` side by side, where all weights widen and nothing is dropped.
         """
+        first, *others = self.frozen
+        if others and beside is None and hasattr(first, "summed_gradient"):
+            found = cast(SummedWeight, first).summed_gradient(others, dys, self.a[0].shape[1])
+            if found is not None:
+                return self.through_adapters(found, d_low, mask)
         d_rows: Tensor | None = None
         for dy, frozen in zip(dys if beside is None else dys[:-1], self.frozen, strict=False):
             d_rows = frozen.input_gradient(dy, d_rows)

@@ -72,20 +72,26 @@ def writes_apart(words: Tensor, state: QuantState, dtype: torch.dtype) -> bool:
 
 
 def nf4_fp8_codes(
-    words: Tensor, state: QuantState, scale: Tensor, dtype: torch.dtype, turn: bool = False
+    words: Tensor,
+    state: QuantState,
+    scale: Tensor,
+    dtype: torch.dtype,
+    turn: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor | None:
     """What ``fp8_rows`` makes of W in ``dtype``, of known scales [out, 1], in one pass; None where no kernel is.
 
     Args:
         turn: [in, out] in place of [out, in].
+        out: memory for them; those that are turned over may be some columns of wider rows.
     """
     if nf4_tiles is None:
         return None
-    if (found := nf4_fp8_tiles.again(words, state, scale, dtype, turn)) is not None:
+    if (found := nf4_fp8_tiles.again(words, state, scale, dtype, turn, out)) is not None:
         return found
     fits = nf4_tiles.fits(words, state, dtype) and state.shape[-1] % 8 == 0
     known = fits and has_fp8(words.device)
-    return nf4_fp8_tiles.codes(words, state, scale, dtype, turn) if known else None
+    return nf4_fp8_tiles.codes(words, state, scale, dtype, turn, out) if known else None
 
 
 def choose_dequantize(device: torch.device) -> tuple[Dequantize, str]:

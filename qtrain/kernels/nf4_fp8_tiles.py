@@ -24,23 +24,35 @@ ROWS, ACROSS = 32, 16
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def codes(words: Tensor, state: QuantState, scale: Tensor, dtype: torch.dtype, turn: bool = False) -> Tensor:
+def codes(
+    words: Tensor,
+    state: QuantState,
+    scale: Tensor,
+    dtype: torch.dtype,
+    turn: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
     """q float8_e4m3fn [out, in], or [in, out]; ``in`` a multiple of 8 (``nf4_tiles.fits`` the rest).
 
     Args:
         scale: fp32 of each row of W, [out, 1].
         dtype: in which W is rounded before.
+        out: memory for them; those that are turned over may be some columns of wider rows.
     """
-    scale, out = scale.contiguous(), _room(scale, state, turn)
+    scale, out = scale.contiguous(), _room(scale, state, turn) if out is None else out
+    assert out.is_contiguous() or (turn and out.stride(1) == 1), out.stride()
     planned = _launch(words, state, scale, dtype, out, turn)
-    launch_first(words, state, ("fp8", dtype, turn), out, planned, scale)
+    launch_first(words, state, ("fp8", dtype, turn, out.stride(0)), out, planned, scale)
     return out
 
 
-def again(words: Tensor, state: QuantState, scale: Tensor, dtype: torch.dtype, turn: bool) -> Tensor | None:
+def again(
+    words: Tensor, state: QuantState, scale: Tensor, dtype: torch.dtype, turn: bool, out: Tensor | None = None
+) -> Tensor | None:
     """``codes`` where this weight had some before, by this scale; None, and nothing done, elsewhere."""
-    out = _room(scale, state, turn)
-    return out if launch_again(words, state, ("fp8", dtype, turn), out, scale.contiguous()) else None
+    out = _room(scale, state, turn) if out is None else out
+    kind = "fp8", dtype, turn, out.stride(0)
+    return out if launch_again(words, state, kind, out, scale.contiguous()) else None
 
 
 def _room(scale: Tensor, state: QuantState, turn: bool) -> Tensor:
@@ -65,7 +77,7 @@ def _launch(words: Tensor, state: QuantState, scale: Tensor, dtype: torch.dtype,
     if turn:
         grid = (triton.cdiv(rows, ROWS), triton.cdiv(columns, 8 * ACROSS))
         tiles = {"ROWS": ROWS, "WORDS": ACROSS, "num_warps": 4}
-        return Launch(_turned, grid, (*known, rows, columns // 8), kinds | tiles)
+        return Launch(_turned, grid, (*known, rows, columns // 8, out.stride(0)), kinds | tiles)
     count = rows * columns // 8
     assert count + WORDS < 2**31
     tiles = {"WORDS": WORDS, "num_warps": WARPS}
@@ -138,6 +150,7 @@ def _turned(  # type: ignore[no-untyped-def]
     offset_ptr,
     rows,
     across,
+    stride,
     DTYPE: tl.constexpr,
     PER_BLOCK: tl.constexpr,
     SECOND: tl.constexpr,
@@ -160,4 +173,4 @@ def _turned(  # type: ignore[no-untyped-def]
     q = _codes(weight, inverse[:, None, None], DTYPE, BY_HAND)
     column = word[:, None] * 8 + number[None, :]
     inside = (word < across)[:, None, None] & (row < rows)[None, None, :]
-    tl.store(out_ptr + column[:, :, None] * rows + row[None, None, :], tl.permute(q, (1, 2, 0)), mask=inside)
+    tl.store(out_ptr + column[:, :, None] * stride + row[None, None, :], tl.permute(q, (1, 2, 0)), mask=inside)

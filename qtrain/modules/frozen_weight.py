@@ -51,8 +51,12 @@ class Dequantized(ABC):
     def weight(self, dtype: torch.dtype) -> Tensor:
         """W [out, in], to be used up before any other is asked for."""
 
-    def fp8_codes(self, scale: Tensor, dtype: torch.dtype, turn: bool) -> Tensor | None:
-        """q float8_e4m3fn [out, in] of ``fp8_rows``, or [in, out], straight from the storage; None where none are."""
+    def fp8_codes(self, scale: Tensor, dtype: torch.dtype, turn: bool, out: Tensor | None = None) -> Tensor | None:
+        """q float8_e4m3fn [out, in] of ``fp8_rows``, or [in, out], straight from the storage; None where none are.
+
+        Args:
+            out: memory for them; of those that are turned over, maybe some columns of wider rows.
+        """
         return None
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
@@ -75,6 +79,7 @@ class FourBit(Dequantized):
 
     def __init__(self, layer: bnb.nn.Linear4bit, workspace: Workspace, dequantize: Dequantize) -> None:
         self._layer, self._workspace, self._dequantize = layer, workspace, dequantize
+        self._apart: tuple[int, torch.dtype, bool] | None = None
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """W, overwritten by the next one."""
@@ -87,9 +92,13 @@ class FourBit(Dequantized):
 
     def widens(self, dtype: torch.dtype, ranks: Sequence[int]) -> bool:
         """Whether a kernel writes W with columns of others beside it."""
-        words, state = self._layer.weight, self._layer.quant_state
-        known = self._dequantize is nf4_dequantize and writes_apart(words, state, dtype)
-        return known and not any(rank % 8 for rank in ranks)
+        words = self._layer.weight
+        place = words.data_ptr()
+        # Asked several times a step of each weight, whose parts bitsandbytes' class is slow to tell.
+        if self._apart is None or self._apart[:2] != (place, dtype):
+            known = self._dequantize is nf4_dequantize and writes_apart(words, self._layer.quant_state, dtype)
+            self._apart = place, dtype, known
+        return self._apart[2] and not any(rank % 8 for rank in ranks)
 
     def widened(self, dtype: torch.dtype, before: int, after: int) -> Tensor:
         """[out, before + in + after], W in the middle and the rest to be written; overwritten by the next one."""
@@ -107,11 +116,11 @@ class FourBit(Dequantized):
         self._dequantize(words, state, dtype, whole[:rows])
         return whole
 
-    def fp8_codes(self, scale: Tensor, dtype: torch.dtype, turn: bool) -> Tensor | None:
+    def fp8_codes(self, scale: Tensor, dtype: torch.dtype, turn: bool, out: Tensor | None = None) -> Tensor | None:
         """By a kernel that reads the 4 bits."""
         words, state = self._layer.weight, self._layer.quant_state
         known = self._dequantize is nf4_dequantize
-        return nf4_fp8_codes(words, state, scale, dtype, turn) if known else None
+        return nf4_fp8_codes(words, state, scale, dtype, turn, out) if known else None
 
 
 class Int8(Dequantized):

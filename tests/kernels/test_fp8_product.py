@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qtrain.kernels import fp8_product as kernel
-from qtrain.kernels.fp8_product import Fp8Rows, fp8_matmul, fp8_rows, plain_fp8_matmul, plain_fp8_rows
+from qtrain.kernels.fp8_product import (
+    Fp8Rows,
+    fp8_matmul,
+    fp8_rows,
+    fp8_rows_beside,
+    plain_fp8_matmul,
+    plain_fp8_rows,
+)
 
 ON_GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -77,12 +84,34 @@ def test_the_tiles_are_the_twin(columns: int, scaled: bool, dtype: torch.dtype) 
 
 
 @tiles
+@pytest.mark.parametrize("sizes", [[24, 40], [300, 5000, 33], [16400, 1], [64, 64, 64], [4096, 4100]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_several_are_those_of_all_side_by_side(sizes: list[int], dtype: torch.dtype) -> None:
+    assert kernel.fp8_tiles is not None
+    xs = [torch.randn(size, 6, device=DEVICE).to(dtype).t() * 10.0**-i for i, size in enumerate(sizes)]
+    for x in xs:
+        x[2] = 0
+    factor = torch.rand(sum(sizes), device=DEVICE)
+    wanted = plain_fp8_rows(torch.cat(xs, 1), factor)
+    codes, scale = kernel.fp8_tiles.fp8_rows_beside(xs, factor)
+    assert torch.equal(scale, wanted.scale) and torch.equal(codes.float(), wanted.codes.float())
+    codes, scale = kernel.fp8_tiles.fp8_rows_beside(xs)
+    assert torch.equal(codes.float(), plain_fp8_rows(torch.cat(xs, 1)).codes.float())
+    for count in (1, 2, 4):  # more than a kernel reads
+        many = [xs[0]] * count
+        factors = torch.cat([factor[: sizes[0]]] * count)
+        found, other = fp8_rows_beside(many, factors), plain_fp8_rows(torch.cat(many, 1), factors)
+        assert torch.equal(found.scale, other.scale) and torch.equal(found.codes.float(), other.codes.float())
+
+
+@tiles
 @pytest.mark.parametrize("columns", [40, 20_000])
 def test_a_row_with_nan_is_seen_to_be(columns: int) -> None:
     assert kernel.fp8_tiles is not None
     x = torch.randn(3, columns, device=DEVICE)
     x[1, columns // 2] = torch.nan
-    for found in (plain_fp8_rows(x), Fp8Rows(*kernel.fp8_tiles.fp8_rows(x))):
+    beside = Fp8Rows(*kernel.fp8_tiles.fp8_rows_beside([torch.ones_like(x), x]))
+    for found in (plain_fp8_rows(x), Fp8Rows(*kernel.fp8_tiles.fp8_rows(x)), beside):
         assert found.scale[:, 0].isnan().tolist() == [False, True, False]
 
 

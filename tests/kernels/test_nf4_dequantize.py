@@ -230,6 +230,12 @@ def test_straight_to_fp8_as_by_way_of_the_weight(
     assert apart.stride(0) == 2
     again = kernel.nf4_fp8_tiles.codes(words, state, apart, dtype, turn)
     assert torch.equal(again.float(), found.float())
+    beside = found.new_zeros(shape[1], shape[0] + 48)
+    if turn:
+        place = beside[:, 16:-32]
+        assert kernel.nf4_fp8_tiles.codes(words, state, scale, dtype, turn, place) is place
+        assert torch.equal(place.float(), found.float())
+        assert not beside[:, :16].float().any() and not beside[:, -32:].float().any()
 
 
 @pytest.mark.parametrize("known", [False, True])

@@ -106,24 +106,92 @@ def test_the_gradient_of_the_input_takes_the_same_codes() -> None:
     assert torch.allclose(weight.input_gradient(dy, into.clone()), into + dx, atol=1e-6)
 
 
+@torch.no_grad()
 def test_codes_come_straight_from_the_storage_where_they_can() -> None:
     """From the second product on: the first finds the scales."""
     layer = torch.nn.Linear(32, 48)
     asked: list[bool] = []
 
     class Stored(Dense):
-        def fp8_codes(self, scale: Tensor, dtype: torch.dtype, turn: bool) -> Tensor:
+        def fp8_codes(self, scale: Tensor, dtype: torch.dtype, turn: bool, out: Tensor | None = None) -> Tensor:
             asked.append(turn)
             codes, own = fp8_rows(self.weight(dtype))
             assert torch.equal(own, scale)
-            return codes.t().contiguous() if turn else codes
+            codes = codes.t().contiguous() if turn else codes
+            return codes if out is None else out.copy_(codes)
 
     plain, weight = InFp8(Dense(layer)), InFp8(Stored(layer))
     x, dy = torch.randn(7, 32), torch.randn(7, 48)
     for _ in range(2):
         assert torch.equal(weight.product(x, {}), plain.product(x, {}))
         assert torch.equal(weight.input_gradient(dy), plain.input_gradient(dy))
-    assert asked == [True, False, True]
+        summed, wanted = (one.summed_gradient([one], [dy, 3 * dy], 32) for one in (weight, plain))
+        assert summed is not None and wanted is not None and torch.equal(summed, wanted)
+    assert asked == [True, True, True, False, True, True, True]
+
+
+@pytest.mark.parametrize("base", ["nf4", "none"])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 50.0])
+def test_the_gradient_through_several_weights_is_one_product(
+    base: str, size: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As exact as by themselves, however much larger one's is than the other's."""
+    model = adapted(base)
+    fuse_blocks(model.get_base_model(), nullcontext, "auto", fp8=True)
+    q, k, v, *_ = weights_of(model)
+    dense = [one._frozen.weight(torch.float32).clone() for one in (q, k, v)]
+    torch.manual_seed(1)
+    dys = [torch.randn(40, len(one)) * factor for one, factor in zip(dense, (1.0, size, 1.0), strict=True)]
+    exact = sum(dy.double() @ one.double() for dy, one in zip(dys, dense, strict=True))
+    assert isinstance(exact, Tensor)
+    products = 0
+    kernel = __import__("qtrain.modules.fp8_weight", fromlist=["fp8_matmul"])
+    original: Callable[..., Tensor] = kernel.fp8_matmul
+
+    def counted(*args: Any) -> Tensor:
+        nonlocal products
+        products += 1
+        return original(*args)
+
+    monkeypatch.setattr(kernel, "fp8_matmul", counted)
+    for _ in range(2):  # the second time with what was kept
+        summed = q.summed_gradient([k, v], dys, 128)
+        assert summed is not None and 0 < float((summed - exact).norm()) < 0.05 * float(exact.norm())
+    assert products == 2
+    apart = None
+    for one, dy in zip((q, k, v), dys, strict=True):
+        apart = one.input_gradient(dy, apart)
+    assert apart is not None and (summed - apart).norm() < 0.05 * exact.norm()
+
+
+def test_what_is_not_one_product() -> None:
+    def weight(out: int) -> InFp8:
+        return InFp8(Dense(torch.nn.Linear(32, out)))
+
+    def refused(others: list[Any], outs: list[int]) -> bool:
+        return weight(outs[0]).summed_gradient(others, [torch.randn(3, out) for out in outs], 32) is None
+
+    assert not refused([weight(32)], [48, 32])
+    assert refused([weight(40)], [48, 40])  # no multiple of 16: the other one may be
+    assert refused([Dense(torch.nn.Linear(32, 32))], [48, 32])
+    assert refused([weight(2**14)], [48, 2**14]) and not refused([weight(2**14 - 48)], [48, 2**14 - 48])
+
+
+def test_blocks_take_one_product_for_q_k_and_v(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted("nf4")
+    fuse_blocks(model.get_base_model(), nullcontext, "auto", fp8=True)
+    asked: list[int] = []
+    original = InFp8.summed_gradient
+    monkeypatch.setattr(
+        InFp8,
+        "summed_gradient",
+        lambda own, others, dys, width: (asked.append(1 + len(others)), original(own, others, dys, width))[1],
+    )
+    found = step(model)
+    assert asked == [2, 3, 2]  # gate and up; q, k and v; of the first layer nothing before them asks
+    monkeypatch.setattr(InFp8, "summed_gradient", lambda *_: None)
+    for name, one in step(model).items():
+        assert (one - found[name]).norm() < 0.15 * one.norm()
 
 
 def test_an_input_of_several_layers_is_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
