@@ -80,3 +80,18 @@ def test_where_the_host_is(tmp_path: Path) -> None:
     assert found.returncode == 0, found.stdout + found.stderr
     rows = [row for row in cells(tmp_path / "table.md") if row[0] == "1b:w4a8-int8"]
     assert rows and all(float(number) > 0 for row in rows for number in row[3:6]), found.stdout
+
+
+def test_what_a_layer_takes_the_host(tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu.host_layer", str(tmp_path / "table.md"), "peqa"]
+    found = subprocess.run(
+        [*command, "--layers", "2"],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=170,
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+    (row,) = (row for row in cells(tmp_path / "table.md") if row[0] == "peqa")
+    assert all(float(number) > 0 for number in row[1:]), found.stdout
