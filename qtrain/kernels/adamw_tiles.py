@@ -149,7 +149,7 @@ def _block(  # type: ignore[no-untyped-def]
     there = place < size
     if FACTOR:
         factor = tl.load(factor_ptr)
-        there = there & ((factor < 0) == 0)  # the same for all, so that loads stay whole
+        there = there & ((factor >= 0) | (factor != factor))  # the same for all, so that loads stay whole
     w = tl.load(w_ptr + place, mask=there, other=0.0).to(tl.float32)
     g = tl.load(g_ptr + place, mask=there, other=0.0).to(tl.float32)
     m = tl.load(m_ptr + place, mask=there, other=0.0).to(tl.float32)
