@@ -146,10 +146,10 @@ def _block(  # type: ignore[no-untyped-def]
     second,
     FACTOR: tl.constexpr,
 ):
-    there = place < size
     if FACTOR:
         factor = tl.load(factor_ptr)
-        there = there & ((factor >= 0) | (factor != factor))  # the same for all, so that loads stay whole
+        size = size * (1 - (factor < 0).to(tl.int32))  # a product, so that 16 divides it still and loads stay whole
+    there = place < size
     w = tl.load(w_ptr + place, mask=there, other=0.0).to(tl.float32)
     g = tl.load(g_ptr + place, mask=there, other=0.0).to(tl.float32)
     m = tl.load(m_ptr + place, mask=there, other=0.0).to(tl.float32)
