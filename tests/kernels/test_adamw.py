@@ -163,6 +163,8 @@ def test_parts_are_read_and_written_sixteen_bytes_at_a_time(factor: bool) -> Non
         {(kernel.arg_names.index(name),): value for name, value in constants.items()},
         {(place,): [["tt.divisibility", 16]] for place in range(6)},
     )
-    code = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+    # Told, for Triton 3.9 warns of a default that will change.
+    options = {"enable_fp_fusion": False}
+    code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
     assert code.count("ld.global.v4") == 4 and code.count("st.global.v4") == 3
     assert code.count("ld.global") == 4 + factor and code.count("st.global") == 3
