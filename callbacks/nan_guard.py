@@ -109,9 +109,11 @@ class NanGuard(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the last step."""
         self._close(trainer, pl_module)
-        for optimizer in trainer.optimizers:
-            if getattr(optimizer, "found_inf", None) is not None:
-                optimizer.found_inf = None  # type: ignore[attr-defined]
+        _forget(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """What this callback told an optimizer would hold for steps that others take with it."""
+        _forget(trainer)
 
     def _look(self, trainer: Trainer, optimizer: Optimizer) -> _Look:
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
@@ -144,6 +146,12 @@ class NanGuard(Callback):
 def _later(look: _Look, optimizer: Optimizer) -> bool:
     """Whether the GPU leaves the step out by itself, so that the host need not wait."""
     return look.bad.is_cuda and leaves_out(optimizer) and look.norms is not None
+
+
+def _forget(trainer: Trainer) -> None:
+    for optimizer in trainer.optimizers:
+        if getattr(optimizer, "found_inf", None) is not None:
+            optimizer.found_inf = None  # type: ignore[attr-defined]
 
 
 def _refuse(trainer: Trainer, pl_module: LightningModule, look: _Look) -> None:
