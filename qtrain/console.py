@@ -61,7 +61,7 @@ def hush() -> None:
     for name in ("httpx", "torch", "matplotlib"):
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # logs what it raises, and that is told once
-    warnings.filterwarnings("ignore", module=r"(lightning|transformers|peft|torch|bitsandbytes|wandb)(\.|$)")
+    warnings.filterwarnings("ignore", module=r"(lightning|transformers|peft|torch|triton|bitsandbytes|wandb)(\.|$)")
 
 
 def hush_lightning() -> None:

@@ -9,6 +9,7 @@ from functools import cache
 import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 
@@ -126,6 +127,29 @@ class EarlyClip:
             for gradient, (seen, version) in zip(gradients, self._seen, strict=True)
         )
         return self._factor if same else None
+
+
+def clip_(optimizer: Optimizer, limit: float, *, by_value: bool = False, early: EarlyClip | None = None) -> None:
+    """Clip all gradients to a norm of ``limit``, or each number of them to it.
+
+    An optimizer that takes a factor multiplies by it as it reads the gradients, which saves a pass over them.
+
+    Args:
+        early: of these gradients, as they were when it was made.
+    """
+    gradients = gradients_of(optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    sharded = any(isinstance(gradient, DTensor) for gradient in gradients)
+    if by_value:
+        torch.nn.utils.clip_grad_value_(parameters, limit)
+        return
+    known = None if early is None else early.factor(gradients)
+    if hasattr(optimizer, "gradient_factor") and not sharded:
+        optimizer.gradient_factor = clip_factor(gradients, limit) if known is None else known
+    elif known is not None and all(gradient.dtype == torch.float32 for gradient in gradients):
+        scale_(gradients, known)
+    else:
+        torch.nn.utils.clip_grad_norm_(parameters, limit)
 
 
 def early_clip(trainer: Trainer) -> EarlyClip | None:

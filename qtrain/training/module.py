@@ -15,7 +15,6 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,7 +47,7 @@ from qtrain.training.cuda_graphs import LayerGraphs
 from qtrain.training.gradients import (
     EarlyClip,
     OnHost,
-    clip_factor,
+    clip_,
     early_clip,
     gradients_of,
     scale_,
@@ -394,28 +393,9 @@ class LanguageModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by norm, or by value; Lightning refuses to under bf16 with a fused AdamW, which could undo a scaler.
-
-        An optimizer that takes a factor multiplies by it as it reads the gradients, which saves a pass over them.
-        """
-        if not gradient_clip_val:
-            return
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        gradients = gradients_of(optimizer)
-        sharded = any(isinstance(gradient, DTensor) for gradient in gradients)
-        if gradient_clip_algorithm == "value":
-            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
-        elif hasattr(optimizer, "gradient_factor") and not sharded:
-            early = self._clip.factor(gradients) if self._clip else None
-            optimizer.gradient_factor = clip_factor(gradients, gradient_clip_val) if early is None else early
-        elif (
-            self._clip is not None
-            and (factor := self._clip.factor(gradients)) is not None
-            and all(gradient.dtype == torch.float32 for gradient in gradients)
-        ):
-            scale_(gradients, factor)
-        else:
-            torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+        """Clip by norm, or by value; Lightning refuses to under bf16 with a fused AdamW, which could undo a scaler."""
+        if gradient_clip_val:
+            clip_(optimizer, gradient_clip_val, by_value=gradient_clip_algorithm == "value", early=self._clip)
 
     def on_validation_epoch_start(self) -> None:
         """Start the held-out sum."""
